@@ -1,0 +1,133 @@
+"""MiTA, a Mixture of Top-k Activations (Wen et al., arXiv 2602.01219, Eq. 5 to 12).
+
+Landmark queries probe all keys. Each one's k strongest keys become a routed expert; what it reads
+becomes one entry of a shared expert. A query attends to the shared expert and to the s routed
+experts whose landmarks it is closest to.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from mitaswap.errors import MitaswapError
+from mitaswap.mechanisms._base import MECHANISMS, Card, Mechanism, Options, Routing
+from mitaswap.operators.experts import attend, attend_experts, merge, take
+from mitaswap.operators.pool import landmarks, pool_shape, pool_tokens
+from mitaswap.operators.precision import outside_autocast, working
+from mitaswap.operators.select import best_indices, top_indices
+from mitaswap.tokens import TokenLayout
+
+
+@dataclass(frozen=True)
+class MitaOptions(Options):
+    """Options of MiTA.
+
+    Args:
+        m: number of landmark queries = routed experts = entries of the shared expert.
+        k: keys per routed expert (expert width).
+        s: routed experts per query.
+        variant: `full`; `route-only` leaves the shared expert out; `compress-only` leaves the
+            routed experts out (which is agent attention with m agents).
+        pool: windows of the landmark pooling as `AxB`; `auto` chooses the most square ones.
+        shared_scale: logits of the shared expert are q Q~^T / sqrt(d) in the `paper`; the authors'
+            `released` code scales its landmarks once more, q Q~^T / d.
+        landmark_tokens: the `paper` pools the patch grid; the `released` DeiT code pools the first
+            h * w tokens (class token in, last patch out).
+    """
+
+    m: int = 25
+    k: int = 25
+    s: int = 1
+    variant: Literal["full", "route-only", "compress-only"] = "full"
+    pool: str = "auto"
+    shared_scale: Literal["paper", "released"] = "paper"
+    landmark_tokens: Literal["paper", "released"] = "paper"
+
+
+@MECHANISMS.register("mita")
+class Mita(Mechanism):
+    """One softmax over the m shared entries and the k * s keys of the routed experts; O(N (m + k s)
+    d).
+    """
+
+    options_type = MitaOptions
+    options: MitaOptions
+    card = Card(
+        strategy="compression & routing",
+        expert_type="MLP",
+        expert_count="m (+1 shared)",
+        construction="landmark probing",
+        topology="N-to-m",
+        source="Wen et al. 2026, Eq. 5-12",
+        cost="N (m + k s) d",
+    )
+    samples = (
+        {"m": 9, "k": 7},
+        {"m": 6, "k": 5, "s": 3},
+        {"m": 9, "k": 8, "variant": "route-only"},
+        {"m": 8, "k": 5, "variant": "compress-only", "pool": "2x4"},
+        {"m": 4, "k": 6, "shared_scale": "released", "landmark_tokens": "released"},
+    )
+    axes = (("N", "m"), ("K", "k"))
+
+    @property
+    def routes(self) -> bool:
+        return self.options.variant != "compress-only"
+
+    def check(self, layout: TokenLayout, head_dim: int) -> None:
+        o = self.options
+        limits = {
+            "m": (o.m, layout.patches, "patches"),
+            "k": (o.k, layout.tokens, "tokens"),
+            "s": (o.s, o.m, "experts (m)"),
+        }
+        for name, (value, most, of) in limits.items():
+            if not 1 <= value <= most:
+                raise MitaswapError(
+                    f"{self.spec}: {name}={value} must be between 1 and the {most} {of} (tokens "
+                    f"{layout}); "
+                    f"use {name}={min(max(value, 1), most)}"
+                )
+        pool_shape(o.m, layout.grid, o.pool)
+
+    def _landmarks(self, q: Tensor, layout: TokenLayout) -> Tensor:
+        if self.options.landmark_tokens == "released":
+            shape = pool_shape(self.options.m, layout.grid, self.options.pool)
+            return pool_tokens(q, 0, layout.grid, shape)
+        return landmarks(q, layout, self.options.m, self.options.pool)
+
+    @outside_autocast
+    def reference(
+        self, q: Tensor, k: Tensor, v: Tensor, *, layout: TokenLayout, scale: float, **extra: Any
+    ) -> Tensor:
+        o, dtype = self.options, q.dtype
+        # views of a fused projection are strided; each is read several times, so it is copied once
+        q, k, v = (x.contiguous() for x in working(q, k, v))
+        marks = self._landmarks(q, layout)  # Q~ [B, H, m, D]
+        scores = (marks * scale) @ k.transpose(-1, -2)  # S [B, H, m, N], shared by Eq. 6 and 8
+
+        branches = []
+        if o.variant != "route-only":
+            values = scores.softmax(dim=-1) @ v  # V~, Eq. 8
+            again = scale if o.shared_scale == "released" else 1.0
+            branches.append(attend(q, marks, values, scale * again))  # Eq. 9
+        if o.variant != "compress-only":
+            members = top_indices(scores, o.k)
+            keys, values = (
+                take(x, members.flatten(2)).unflatten(2, members.shape[2:]) for x in (k, v)
+            )
+            choice = best_indices(q @ marks.transpose(-1, -2), o.s)
+            branches += [attend_experts(q, keys, values, choice[..., j], scale) for j in range(o.s)]
+        return merge(branches).to(dtype)  # Eq. 10
+
+    @outside_autocast
+    def route(self, q: Tensor, k: Tensor, *, layout: TokenLayout, scale: float) -> Routing | None:
+        if not self.routes:
+            return None
+        q, k = working(q, k)
+        marks = self._landmarks(q, layout)
+        members = top_indices((marks * scale) @ k.transpose(-1, -2), self.options.k)
+        return Routing(members, best_indices(q @ marks.transpose(-1, -2), self.options.s))

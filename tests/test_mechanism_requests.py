@@ -1,0 +1,242 @@
+"""Requests of mechanisms: what is refused and how, and what a mechanism says about itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import pytest
+import torch
+from attention_laws import LAYOUT, draw, each, same
+
+from mitaswap import Spec, TokenLayout, mechanism
+from mitaswap.errors import MitaswapError
+from mitaswap.mechanisms import MECHANISMS, Mechanism
+
+# ------------------------------------------------------------------------------------------- errors
+
+
+SMALL = TokenLayout(1, (3, 5))
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A call that must be refused, and what the error says."""
+
+    spec: str
+    message: str
+    layout: TokenLayout = SMALL
+
+    def __str__(self) -> str:
+        return self.spec
+
+
+AT = "(tokens 1 + 3x5)"
+BAD_SIZES = [
+    Bad("mita(m=16,k=4)", f"m=16 must be between 1 and the 15 patches {AT}; use m=15"),
+    Bad("mita(m=0,k=4)", f"m=0 must be between 1 and the 15 patches {AT}; use m=1"),
+    Bad("mita(m=6,k=17)", f"k=17 must be between 1 and the 16 tokens {AT}; use k=16"),
+    Bad("mita(m=6,k=0)", f"k=0 must be between 1 and the 16 tokens {AT}; use k=1"),
+    Bad("mita(m=6,k=-3)", f"k=-3 must be between 1 and the 16 tokens {AT}; use k=1"),
+    Bad("mita(m=6,k=4,s=7)", f"s=7 must be between 1 and the 6 experts (m) {AT}; use s=6"),
+    Bad("mita(m=6,k=4,s=0)", f"s=0 must be between 1 and the 6 experts (m) {AT}; use s=1"),
+    Bad("mita(m=7,k=4)", "7 landmarks do not fit a 3x5 grid as a x b windows; the nearest count"),
+    Bad("mita(m=6,k=4,pool=3x3)", "pool=3x3 must be 'auto' or AxB with A * B = 6, for instance"),
+    Bad("mita(m=6,k=4,pool=big)", "pool=big must be 'auto' or AxB with A * B = 6, for instance"),
+    Bad(
+        "mita(m=6,k=4,pool=6x1)", "pool=6x1 has more windows than the 3x5 grid has rows or columns"
+    ),
+    Bad("agent", f"agent(n=49) needs 1 <= n <= 15 patches {AT}; use n=15 or fewer"),
+    Bad("agent(n=0)", f"agent(n=0) needs 1 <= n <= 15 patches {AT}; use n=15 or fewer"),
+    Bad("agent(n=13)", "13 landmarks do not fit a 3x5 grid as a x b windows; the nearest count"),
+    Bad("agent(n=4,pool=4x1)", "pool=4x1 has more windows than the 3x5 grid has rows or columns"),
+]
+
+
+@pytest.mark.parametrize("bad", BAD_SIZES, ids=str)
+def test_impossible_sizes(bad: Bad) -> None:
+    part = mechanism(bad.spec)
+    with pytest.raises(MitaswapError) as from_check:
+        part.check(bad.layout, 8)
+    text = str(from_check.value)
+    # the limits of m, k and s come with the whole spec in front
+    assert text.removeprefix(f"{bad.spec}: ").startswith(bad.message)
+    with pytest.raises(MitaswapError) as from_call:  # before any work: meta tensors have no data
+        part(*(x.to("meta") for x in draw(bad.layout)), layout=bad.layout)
+    assert str(from_call.value) == text
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("mitta(m=4)", "unknown mechanism 'mitta'. Did you mean 'mita'? Allowed: agent, linear,"),
+        ("softmax9", "unknown mechanism 'softmax9'. Allowed: agent, linear,"),
+        (
+            "mita(mm=4)",
+            "unknown option of mita 'mm'. Did you mean 'm'? Allowed: impl, k, landmark_",
+        ),
+        ("standard(m=4)", "unknown option of standard 'm'. Allowed: impl."),
+        ("mita(m=four)", "m='four' in 'mita(m=four)' must be of type int"),
+        ("mita(m=4.0)", "m=4.0 in 'mita(m=4.0)' must be of type int"),
+        ("mita(m=true)", "m=True in 'mita(m=true)' must be of type int"),
+        ("mita(k=none)", "k=None in 'mita(k=none)' must be of type int"),
+        ("mita(pool=4)", "pool=4 in 'mita(pool=4)' must be of type str"),
+        ("linear(eps=small)", "eps='small' in 'linear(eps=small)' must be of type float"),
+        ("linear(eps=true)", "eps=True in 'linear(eps=true)' must be of type float"),
+        (
+            "linear(feature=rely)",
+            "unknown value of feature in 'linear(feature=rely)': 'rely'. Did you mean 'relu'? "
+            "Allowed: elu, relu, softmax.",
+        ),
+        (
+            "mita(variant=route)",
+            "unknown value of variant in 'mita(variant=route)': 'route'. "
+            "Did you mean 'route-only'? Allowed: compress-only, full, route-only.",
+        ),
+        (
+            "agent(impl=triton)",
+            "unknown value of impl in 'agent(impl=triton)': 'triton'. "
+            "Allowed: auto, fused, reference.",
+        ),
+    ],
+)
+def test_unknown_names_and_wrong_types(spec: str, message: str) -> None:
+    with pytest.raises(MitaswapError) as error:
+        mechanism(spec)
+    assert str(error.value).startswith(message)
+
+
+def test_whole_numbers_are_floats_too() -> None:
+    eps = mechanism("linear(eps=1)").options.eps
+    assert eps == 1.0 and isinstance(eps, float)
+
+
+@each
+def test_shapes_that_do_not_fit(spec: str) -> None:
+    part = mechanism(spec)
+    q, k, v = draw()
+    for wrong, shapes in {
+        (q[0], k[0], v[0]): "[3, 57, 8], [3, 57, 8], [3, 57, 8]",
+        (q, k[:, :, 1:], v[:, :, 1:]): "[2, 3, 57, 8], [2, 3, 56, 8], [2, 3, 56, 8]",
+        (q, k[:, :1], v[:, :1]): "[2, 3, 57, 8], [2, 1, 57, 8], [2, 1, 57, 8]",
+        (q, k, v[:, :, 1:]): "[2, 3, 57, 8], [2, 3, 57, 8], [2, 3, 56, 8]",
+    }.items():
+        with pytest.raises(MitaswapError) as error:
+            part(*wrong, layout=LAYOUT)
+        assert str(error.value) == (
+            f"q, k, v must be [B, H, N, D] of one shape (v may have its own D), got {shapes}"
+        )
+    with pytest.raises(MitaswapError) as error:
+        part(q, k, v, layout=TokenLayout(0, (8, 7)))
+    assert str(error.value).startswith("q has 57 tokens, but its layout is 0 + 8x7 = 56 tokens.")
+
+
+@each
+@pytest.mark.parametrize(
+    ("part", "extra"),
+    [
+        ("bias", {"attn_mask": torch.zeros(57, 57)}),
+        ("causal", {"is_causal": True}),
+        ("dropout", {"dropout_p": 0.1}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_extras_are_honoured_or_refused(spec: str, part: str, extra: dict[str, Any]) -> None:
+    mech = mechanism(spec)
+    q, k, v = draw(dtype=torch.float32)
+    if part in mech.supports:
+        assert mech(q, k, v, layout=LAYOUT, **extra).shape == v.shape
+        return
+    with pytest.raises(MitaswapError) as error:
+        mech(q, k, v, layout=LAYOUT, **extra)
+    (name,) = extra
+    assert str(error.value) == (
+        f"{mech.spec} cannot honour {name}; only mechanisms that support it can"
+    )
+
+
+@each
+def test_unknown_extras(spec: str) -> None:
+    q, k, v = draw()
+    with pytest.raises(MitaswapError) as error:
+        mechanism(spec)(q, k, v, layout=LAYOUT, attn_mas=None)
+    assert str(error.value) == (
+        "unknown argument of an attention call 'attn_mas'. Did you mean 'attn_mask'? "
+        "Allowed: attn_mask, dropout_p, is_causal."
+    )
+
+
+@each
+def test_implementations(spec: str) -> None:
+    """auto is one of the two; fused is the kernel or an error, never a silent fallback."""
+    q, k, v = draw(dtype=torch.float32)
+    plain = mechanism(spec)
+    reference = mechanism(plain.spec.with_options(impl="reference"))
+    same(plain(q, k, v, layout=LAYOUT), reference(q, k, v, layout=LAYOUT), 1e-5)
+    if type(plain).fused is Mechanism.fused:  # before any work, not in the middle of a run
+        with pytest.raises(MitaswapError) as error:
+            mechanism(plain.spec.with_options(impl="fused"))
+        assert str(error.value) == (
+            f"{plain.name} has no fused kernel; use impl=reference or impl=auto"
+        )
+
+
+def test_a_mechanism_with_a_kernel_is_built_fused() -> None:
+    class Kernel(MECHANISMS.get("standard")):  # type: ignore[misc]
+        def fused(self, q: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+            return torch.zeros_like(q)
+
+    q, k, v = draw()
+    part = Kernel(Kernel.options_type(impl="fused"))
+    assert part(q, k, v, layout=LAYOUT).abs().max() == 0
+
+
+# ----------------------------------------------------------------------------------------- the card
+
+
+#: columns of the results (timm's own names among them): an option of that name would hide one
+COLUMNS = {
+    "model", "data", "split", "top1", "top1_err", "top5", "top5_err", "param_count", "img_size",
+    "crop_pct", "interpolation", "layer", "head", "metric", "value", "mechanism", "trained_with",
+    "run_with", "seed", "device", "dtype", "commit", "samples", "study", "n_images", "batch_size",
+    "loss", "recipe", "source", "version", "stat",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MECHANISMS.names())
+def test_card_and_options_are_complete(name: str) -> None:
+    cls = MECHANISMS.get(name)
+    assert cls.name == name and cls.__doc__
+    for field in fields(cls.card):
+        text = getattr(cls.card, field.name)
+        assert isinstance(text, str) and text.strip() == text != "", field.name
+    options = {field.name: field for field in fields(cls.options_type)}
+    assert not options.keys() & COLUMNS
+    assert cls.options_type.__doc__ and "Args:" in cls.options_type.__doc__
+    documented = cls.options_type.__doc__ + (cls.options_type.__mro__[1].__doc__ or "")
+    for option in options:
+        assert f"{option}:" in documented, f"{option} is not in the docstring of the options"
+    assert {option for _, option in cls.axes} <= options.keys()
+    assert cls.supports <= {"bias", "causal", "dropout"}
+    for sample in cls.samples:
+        assert sample.keys() <= options.keys()
+        mechanism(Spec(name, sample)).check(LAYOUT, 8)
+
+
+@each
+def test_spec_shows_what_is_set(spec: str) -> None:
+    """The spec names what is not a default, and the axes always; it builds the same mechanism."""
+    part = mechanism(spec)
+    shown = part.spec.options
+    assert mechanism(str(part.spec)).options == part.options
+    assert {option for _, option in part.axes} <= shown.keys()
+    for field in fields(part.options):
+        value = getattr(part.options, field.name)
+        assert shown.get(field.name, field.default) == value
+
+
+def test_defaults_are_the_papers() -> None:
+    assert str(mechanism("mita").spec) == "mita(m=25,k=25)"
+    assert str(mechanism("agent").spec) == "agent(n=49)"
+    assert str(mechanism("linear(eps=1e-6,feature=elu)").spec) == "linear"
+    assert repr(mechanism("mita(k=9,m=4)")) == "Mita(mita(m=4,k=9))"
