@@ -1,0 +1,106 @@
+"""The seam's Hugging Face side: transformers' registry of attention functions, and our entry."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mitaswap.errors import SwapError
+from mitaswap.surgery.divert import divert
+
+#: name of our function in transformers' attention and mask registries
+INTERFACE = "mitaswap"
+
+#: keywords that change what attention means and that the library's sdpa function passes over
+_IGNORED = ("softcap", "s_aux", "sinks", "indices", "block_indices", "cu_seq_lens_q")
+
+
+def no_map(module: Any) -> SwapError:
+    """The error for a swapped module that is asked for its attention map."""
+    return SwapError(
+        f"{module._mitaswap.site.path} is swapped to {module.mitaswap.spec}: there is no attention "
+        "map to return; call without output_attentions=True, or mitaswap.revert(model) first."
+    )
+
+
+def has_interface(module: nn.Module) -> bool:
+    """Whether `module` is a Hugging Face module that looks its attention function up in its
+    config.
+    """
+    return uses_interface(type(module)) and getattr(module, "config", None) is not None
+
+
+def uses_interface(cls: type[nn.Module]) -> bool:
+    """The same of a class."""
+    code = getattr(inspect.unwrap(cls.forward), "__code__", None)
+    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
+
+
+def shadow_config(config: Any) -> Any:
+    """A copy of a Hugging Face config that names our attention function; the model's own stays as
+    it is.
+    """
+    shadow = copy.copy(config)
+    # not through the property: its setter would also change the sub-configs, which the copy shares
+    shadow._attn_implementation_internal = INTERFACE
+    return shadow
+
+
+def _maps_are_collected() -> bool:
+    """Whether output_attentions=True was asked of the model and stayed there: some models do not
+    hand it down to their layers, transformers collects the maps by hooks.
+    """
+    if torch.compiler.is_compiling():  # context variables cannot be traced
+        return False
+    collector = _collector()
+    collected = None if collector is None else collector.get()
+    return collected is not None and any("attentions" in key for key in collected)
+
+
+@functools.cache
+def _collector() -> Any:
+    """What transformers collects outputs in; None in versions that hand the request down."""
+    try:
+        from transformers.utils import output_capturing
+    except ImportError:
+        return None
+    return getattr(output_capturing, "_active_collector", None)
+
+
+@functools.cache
+def register_interface() -> None:
+    """Enter our function in transformers' registry of attention functions, and sdpa's masks beside
+    it.
+
+    Without the second, transformers drops padding masks for a name it does not know.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+    from transformers.modeling_utils import AttentionInterface
+
+    diverted = divert(sdpa_attention_forward, "_mitaswap_attend")
+    if diverted is None:
+        raise SwapError(
+            "this version of transformers computes sdpa attention in a way mitaswap does not know; "
+            "install the version that mitaswap's README names"
+        )
+
+    def attention(module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        if kwargs.get("output_attentions") or _maps_are_collected():
+            raise no_map(module)
+        given = [name for name in _IGNORED if kwargs.get(name) is not None]
+        if given:
+            raise SwapError(
+                f"{module._mitaswap.site.path}: this forward brings {given[0]}, which "
+                f"{module.mitaswap.spec} cannot honour; leave this layer out with layers=..., or "
+                "mitaswap.revert(model) first."
+            )
+        return diverted(module, *args, **kwargs)
+
+    AttentionInterface.register(INTERFACE, attention)
+    AttentionMaskInterface.register(INTERFACE, sdpa_mask)

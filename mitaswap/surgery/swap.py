@@ -1,0 +1,258 @@
+"""Swapping mechanisms in and out, whole or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+from torch import Tensor, nn
+
+from mitaswap.errors import MitaswapError, SwapError
+from mitaswap.mechanisms import Mechanism, mechanism
+from mitaswap.spec import Recipe, Spec
+from mitaswap.surgery.grid import GridTracker, untrack
+from mitaswap.surgery.interface import has_interface, shadow_config
+from mitaswap.surgery.seam import Observer, Seam, Shared, Swapped, seam_class
+from mitaswap.surgery.sites import Site, walk
+from mitaswap.surgery.witness import dry_run, example_input
+
+
+class Handle:
+    """A swap that can be undone; a context manager that undoes itself.
+
+    Args:
+        model: the swapped network.
+        sites: the sites that were swapped, each with its mechanism.
+    """
+
+    def __init__(self, model: nn.Module, sites: list[Site]) -> None:
+        self.model = model
+        self.sites = sites
+
+    def undo(self) -> None:
+        """Put the network back exactly as it was. A second call does nothing."""
+        if any(True for _ in _swapped(self.model)):
+            revert(self.model)
+
+    @contextmanager
+    def observe(self, observer: Observer) -> Iterator[None]:
+        """Call `observer(path, mechanism, q, k, layout, scale)` at every attention call inside the
+        block.
+        """
+        shared = next(m for _, m in _swapped(self.model))._mitaswap.shared
+        if shared.observer is not None:
+            raise SwapError("this model is being observed already")
+        shared.observer = observer
+        try:
+            yield
+        finally:
+            shared.observer = None
+
+    def __enter__(self) -> nn.Module:
+        return self.model
+
+    def __exit__(self, *error: object) -> None:
+        self.undo()
+
+
+def swap(
+    model: nn.Module,
+    to: str | Spec | Recipe | Mapping[str, str | Spec],
+    layers: str = "*",
+    *,
+    example: Tensor | Mapping[str, Any] | None = None,
+    sites: Sequence[Site] | None = None,
+) -> Handle:
+    """Put a mechanism into the attention sites of `model`, in place, until the handle is undone.
+
+    `with mitaswap.swap(model, "mita(m=25,k=25)"): ...` swaps for the length of the block.
+
+    Args:
+        model: network to change.
+        to: a spec for `layers`, a mapping of layer patterns to specs, or a recipe.
+        layers: which sites, by number, range or path (`"0-5,blocks.9.*"`); the default takes all
+            that can be swapped.
+        example: an input batch for the dry forward that finds the sites; by default random images.
+        sites: what `walk` returned for this model, to save that dry forward.
+
+    Raises:
+        SwapError: no site can be swapped, a site asked for by name cannot be, a mechanism cannot
+            honour what a site brings, a site is swapped already, or after the swap the attention
+            call did not arrive at the mechanism. The model is then as it was.
+    """
+    recipe = Recipe.of(to, layers)
+    if example is None:
+        example = example_input(model)
+    sites = list(sites) if sites is not None else walk(model, example)
+    taken = [path for path, _ in _swapped(model)]
+    if taken:
+        raise SwapError(
+            f"{taken[0]} is swapped already ({len(taken)} sites are); call mitaswap.revert(model) "
+            "or handle.undo() first"
+        )
+    chosen = _assign(model, recipe, sites)
+    built = {site.path: _build(spec, site) for site, spec in chosen}
+    try:
+        _install(model, [site for site, _ in chosen], built)
+        _verify(model, example, list(built))
+    except BaseException:
+        _restore(model)
+        raise
+    return Handle(model, [site for site, _ in chosen])
+
+
+def convert(
+    model: nn.Module,
+    to: str | Spec | Recipe | Mapping[str, str | Spec],
+    layers: str = "*",
+    *,
+    example: Tensor | Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """Swap for good and return `model`; arguments and errors as `swap`. `mitaswap.save` writes it,
+    `revert` undoes it.
+    """
+    swap(model, to, layers, example=example)
+    return model
+
+
+def revert(model: nn.Module) -> nn.Module:
+    """Undo every swap in `model`, in place: class, config, hooks and added modules are as before.
+
+    Raises:
+        SwapError: nothing is swapped, or another library has changed a swapped module's class
+            since.
+    """
+    swapped = list(_swapped(model))
+    if not swapped:
+        raise SwapError(f"nothing is swapped in this {type(model).__name__}")
+    for path, module in swapped:
+        if type(module) is not seam_class(module._mitaswap_original):
+            raise SwapError(
+                f"{path} is a {type(module).__name__} now: another library (FSDP, ...) changed its "
+                "class after the swap. "
+                "Undo that first, then revert."
+            )
+    _restore(model)
+    return model
+
+
+def _restore(model: nn.Module) -> None:
+    """Take out whatever was put in, also where an installation stopped half way."""
+    for _, module in list(_swapped(model)):
+        seam = module.__dict__.pop("_mitaswap", None)
+        if seam is not None and seam.config is not None:
+            module.config = seam.config
+        module._modules.pop("mitaswap", None)
+        module.__class__ = module._mitaswap_original
+    for module in model.modules():
+        untrack(module)
+
+
+def swapped_sites(model: nn.Module) -> dict[str, Mechanism]:
+    """Path to mechanism of every swapped site; empty for an untouched model."""
+    return {path: module.mitaswap for path, module in _swapped(model)}
+
+
+def recipe_of(model: nn.Module) -> Recipe | None:
+    """The recipe that makes this swap again: one rule per distinct mechanism; None for an untouched
+    model.
+    """
+    rules: dict[Spec, list[str]] = {}
+    for path, part in swapped_sites(model).items():
+        rules.setdefault(part.spec, []).append(path)
+    return (
+        Recipe(tuple((",".join(paths), spec) for spec, paths in rules.items())) if rules else None
+    )
+
+
+def _swapped(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    return ((path, m) for path, m in model.named_modules() if isinstance(m, Swapped))
+
+
+def _assign(model: nn.Module, recipe: Recipe, sites: Sequence[Site]) -> list[tuple[Site, Spec]]:
+    usable = [site for site in sites if site.swappable]
+    if not usable:
+        reasons = (
+            "; ".join(f"{s.path}: {s.reason}" for s in sites[:3])
+            or "it makes no attention call at all"
+        )
+        raise SwapError(f"{type(model).__name__} has no site that can be swapped ({reasons})")
+    paths = [site.path for site in sites]
+    assigned = recipe.assign(paths)
+    # "*" means all that can be swapped; any other pattern asks for what it names
+    by_name = Recipe(tuple(rule for rule in recipe.rules if rule[0] != "*")).assign(paths)
+    chosen = []
+    for site in sites:
+        spec = assigned.get(site.path)
+        if spec is None:
+            continue
+        if not site.swappable:
+            if site.path not in by_name:
+                continue
+            raise SwapError(
+                f"{site.path} cannot be swapped: {site.reason}. Leave it out of the layer pattern."
+            )
+        chosen.append((site, spec))
+    return chosen
+
+
+def _build(spec: Spec, site: Site) -> Mechanism:
+    part = mechanism(spec)
+    if site.bias != "none" and "bias" not in part.supports:
+        what = {"bias": "an additive attention bias", "mask": "an attention mask"}
+        raise SwapError(
+            f"{site.path} ({site.module}) uses {what[site.bias]}, which {part.spec} cannot honour; "
+            "`mitaswap ls` shows which mechanisms can."
+        )
+    assert site.layout is not None
+    try:
+        part.check(site.layout, site.head_dim)
+    except MitaswapError as error:
+        raise SwapError(f"{site.path}: {error}") from None
+    part.attach(site.heads, site.head_dim, site.layout)
+    return part
+
+
+def _install(model: nn.Module, sites: Sequence[Site], built: dict[str, Mechanism]) -> None:
+    shared, trackers = Shared(), {}
+    modules = dict(model.named_modules())
+    for site in sites:
+        if site.grid_from not in trackers:
+            tracker = trackers[site.grid_from] = GridTracker(site.channels_last)
+            watched = modules[site.grid_from]
+            if site.grid_from == site.path:
+                watched.register_forward_pre_hook(tracker.before)
+            else:
+                watched.register_forward_hook(tracker.after)
+    for site in sites:
+        module: Any = modules[site.path]
+        weight = next(chain(module.parameters(), model.parameters()))
+        part = built[site.path].to(device=weight.device)
+        if weight.is_floating_point():
+            part = part.to(dtype=weight.dtype)
+        own = module.config if has_interface(module) else None
+        seam = Seam(site, trackers[site.grid_from], shared, own)
+        module.__class__ = seam_class(type(module))  # type: ignore[arg-type]
+        module.__dict__["_mitaswap"] = seam
+        module.mitaswap = part.train(module.training)
+        if own is not None:
+            module.config = shadow_config(own)
+
+
+def _verify(model: nn.Module, example: Any, paths: list[str]) -> None:
+    """Run the swapped model once: each site's attention call must arrive at its mechanism, exactly
+    once.
+    """
+    seen: list[str] = []
+    watch: Callable[..., None] = lambda path, *_: seen.append(path)  # noqa: E731
+    with Handle(model, []).observe(watch):
+        dry_run(model, example)
+    missed = [path for path in paths if seen.count(path) != 1]
+    if missed:
+        raise SwapError(
+            f"{missed[0]}: {seen.count(missed[0])} attention calls arrived at the mechanism in one "
+            "forward, expected 1; "
+            "the module bypasses the seam, nothing was changed"
+        )
