@@ -1,0 +1,132 @@
+"""A heatmap of percentages with unmeasured cells hatched, and outlines around sets of cells."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib import patheffects
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+
+from mitaswap.figures._base import Theme
+
+COLOURS = "cividis"  # perceptually uniform, and the same for colour-blind readers
+
+
+def heatmap(figure: Figure, ax: Axes, values: pd.DataFrame, theme: Theme, unit: str) -> None:
+    """Draw `values` (percent; NaN = not measured) with the numbers in the cells.
+
+    Args:
+        unit: label of the colour bar.
+    """
+    numbers = values.astype(float)
+    # Equal values everywhere (a single cell) would leave the colour scale without a range.
+    low, high = float(np.nanmin(numbers)), float(np.nanmax(numbers))
+    box = ax.get_position()  # the colour bar is 0.15 inches wide on any map
+    width, height = box.width * figure.get_figwidth(), box.height * figure.get_figheight()
+    bar = {"fraction": min(0.15, 0.3 / width), "pad": 0.15 / width, "aspect": height / 0.15}
+    sns.heatmap(
+        numbers,
+        ax=ax,
+        annot=True,
+        fmt=".1f",
+        cmap=COLOURS,
+        vmin=low,
+        vmax=high if high > low else low + 1.0,
+        linewidths=1.0,
+        linecolor=theme.background,
+        annot_kws={"fontsize": 9.0},
+        cbar_kws={"label": unit, **bar},
+        xticklabels=True,
+        yticklabels=True,
+    )
+    for y, x in np.argwhere(numbers.isna().to_numpy()):
+        ax.add_patch(unmeasured(theme, (x, y), 1, 1))
+    ax.tick_params(length=0)
+    scale = ax.collections[0].colorbar
+    if scale is not None:
+        scale.outline.set_visible(False)
+
+
+def unmeasured(theme: Theme, corner: tuple[float, float], width: float, height: float) -> Rectangle:
+    """The hatched cell that stands for "not measured", on the map as in the legend."""
+    return Rectangle(
+        corner,
+        width,
+        height,
+        facecolor=theme.background,
+        edgecolor=theme.muted,
+        hatch="////",
+        linewidth=0.0,
+        label="not measured",
+    )
+
+
+def outline(
+    ax: Axes,
+    cells: np.ndarray,
+    label: str,
+    *,
+    inset: tuple[float, float],
+    width: float,
+    colour: str = "black",
+    dashed: bool = False,
+) -> Line2D | None:
+    """Frame a set of cells along its border; a white casing keeps the line visible on every colour.
+
+    Args:
+        cells: boolean, rows by columns of the map.
+        label: legend entry.
+        inset: (x, y) distance from the border inwards, in cells, so that nested frames stay apart.
+        width: of the line, in points.
+
+    Returns:
+        The legend's handle, or None when the set is empty.
+    """
+    segments = border(cells, inset)
+    if not segments:
+        return None
+    dashes = (0, (3.0, 1.8)) if dashed else "solid"
+    # The casing is solid below a dashed line, too: only then does it part the line from the map.
+    casing = LineCollection(segments, colors="white", linewidths=width + 1.8, capstyle="projecting")
+    line = LineCollection(segments, colors=colour, linewidths=width, linestyles=[dashes])
+    line.set_capstyle("butt" if dashed else "projecting")
+    ax.add_collection(casing, autolim=False)
+    ax.add_collection(line, autolim=False)
+    stroke = [patheffects.withStroke(linewidth=width + 1.8, foreground="white")]
+    return Line2D([], [], color=colour, lw=width, ls=dashes, label=label, path_effects=stroke)
+
+
+def border(cells: np.ndarray, inset: tuple[float, float] = (0.0, 0.0)) -> list[np.ndarray]:
+    """Segments [2, 2] (x, y) of the border of a set of cells, moved inwards by `inset` (x, y).
+
+    Args:
+        cells: boolean [rows, columns]; the cell (i, j) covers x in [j, j + 1], y in [i, i + 1].
+    """
+    upright = _edges(cells.T, inset[1], inset[0])
+    return [*_edges(cells, *inset), *(edge[:, ::-1] for edge in upright)]
+
+
+def _edges(cells: np.ndarray, along: float, across: float) -> list[np.ndarray]:
+    """The horizontal part of a border."""
+    inside = np.pad(np.asarray(cells, dtype=bool), 1)
+    edges = []
+    for i, j in np.argwhere(inside):
+        for side in (-1, 1):  # the edge above, the edge below
+            if inside[i + side, j]:
+                continue
+            y = (i - 1) + (across if side < 0 else 1 - across)
+            ends = []
+            for towards in (-1, 1):
+                x = (j - 1) + (0 if towards < 0 else 1)
+                if not inside[i, j + towards]:  # a convex corner: shorter
+                    x -= towards * along
+                elif inside[i + side, j + towards]:  # a concave corner: longer
+                    x += towards * along
+                ends.append((x, y))
+            edges.append(np.array(ends, dtype=float))
+    return edges
