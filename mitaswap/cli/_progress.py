@@ -1,0 +1,82 @@
+"""The progress bar: images per second and time left, on standard error."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from mitaswap.cli._app import err
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:.0f} img/s", style="progress.data.speed")
+
+
+class Bar:
+    """Progress over images; decoding first, then the cells."""
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            _Rate(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=err,
+            transient=True,
+            disable=not err.is_terminal,
+        )
+        self._decode: TaskID | None = None
+        self._cells: TaskID | None = None
+
+    def decoded(self, done: int, total: int) -> None:
+        """So many of so many images are decoded."""
+        if self._decode is None:
+            self._decode = self._progress.add_task("decoding", total=total)
+        self._progress.update(self._decode, completed=done, total=total)
+
+    def start(self, images: int) -> None:
+        """The cells begin: forward passes of `images` images in all."""
+        self._cells = self._progress.add_task("evaluating", total=images)
+
+    def images(self, count: int) -> None:
+        """`count` more images were evaluated."""
+        if self._cells is not None:
+            self._progress.advance(self._cells, count)
+
+    def cell(self, label: str) -> None:
+        """A cell is done and on disk."""
+        if not err.is_terminal:
+            err.print(f"done: {label}", markup=False, highlight=False)
+
+    def stop(self) -> None:
+        """Take the bar off the screen."""
+        self._progress.stop()
+
+    def __enter__(self) -> Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
