@@ -1,0 +1,100 @@
+"""What the seam costs: `standard` swapped in, against the untouched model, on the same batches."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from timing import in_turn, paired_ratio, quantiles, write_rows
+from torch import nn
+
+import mitaswap
+
+
+def timm_vit(size: str) -> nn.Module:
+    import timm
+
+    return timm.create_model(f"vit_{size}_patch16_224", pretrained=False)
+
+
+def hf_vit(size: str) -> nn.Module:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    width, heads = {"tiny": (192, 3), "small": (384, 6)}[size]
+    config = ViTConfig(
+        hidden_size=width,
+        num_attention_heads=heads,
+        intermediate_size=4 * width,
+        attn_implementation="sdpa",
+    )
+    return ViTForImageClassification(config)
+
+
+def forward(model: Callable[..., Any], x: torch.Tensor) -> Callable[[], Any]:
+    def run() -> Any:
+        with torch.inference_mode():
+            return model(x)
+
+    return run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--size", default="tiny", choices=["tiny", "small"])
+    parser.add_argument("--batch", type=int, nargs="+", default=[32])
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--compile", action="store_true", help="also under torch.compile")
+    parser.add_argument("--name", default="seam", help="stem of the rows' file")
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.float16 if device == "cuda" else torch.float32
+    rows = []
+    for library, build in {"timm": timm_vit, "transformers": hf_vit}.items():
+        plain = build(args.size).eval().to(device, dtype)
+        swapped = mitaswap.convert(copy.deepcopy(plain), "standard")
+        for batch in args.batch:
+            x = torch.randn(batch, 3, 224, 224, device=device, dtype=dtype)
+            for mode in ["eager", "compiled"] if args.compile else ["eager"]:
+                pair = {"untouched": plain, "swapped": swapped}
+                if mode == "compiled":
+                    torch.compiler.reset()
+                    pair = {k: torch.compile(m, fullgraph=True) for k, m in pair.items()}
+                seconds = in_turn({k: forward(m, x) for k, m in pair.items()}, args.rounds)
+                ratio = paired_ratio(seconds["swapped"], seconds["untouched"])
+                for name, values in seconds.items():
+                    rows.append(
+                        {
+                            "benchmark": "seam",
+                            "library": library,
+                            "model": f"vit_{args.size}_patch16_224",
+                            "batch_size": batch,
+                            "dtype": str(dtype).removeprefix("torch."),
+                            "mode": mode,
+                            "variant": name,
+                            "rounds": args.rounds,
+                            "ratio": ratio,
+                            **quantiles(values),
+                        }
+                    )
+    table = Table(title="standard swapped in, against the untouched model")
+    for column in ("library", "batch", "mode", "untouched ms", "swapped ms", "ratio"):
+        table.add_column(column)
+    for untouched, changed in zip(rows[::2], rows[1::2], strict=True):
+        table.add_row(
+            untouched["library"],
+            str(untouched["batch_size"]),
+            untouched["mode"],
+            f"{untouched['ms_q50']:.2f}",
+            f"{changed['ms_q50']:.2f}",
+            f"{untouched['ratio']:.3f}",
+        )
+    Console().print(table, f"rows: {write_rows(args.name, rows)}")
+
+
+if __name__ == "__main__":
+    main()
