@@ -1,0 +1,46 @@
+# `make demo` and `make test` work on a fresh machine with python3 and make.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+RUNS   ?= runs
+
+.PHONY: demo test gpu-test lint embedded bench-seam bench-cells bench-core clean
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -e ".[dev]"
+	touch $@
+
+# the main job on the networks in the package: matrix, grid, overlap, report
+demo: $(VENV)/installed
+	MITASWAP=$(BIN)/mitaswap OUT=$(RUNS)/demo REPORT=$(RUNS)/demo/report sh examples/demo.sh
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest
+
+# on a machine with a CUDA device
+gpu-test: $(VENV)/installed
+	$(BIN)/python -m pytest -m gpu
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# trains the four networks of the package again (minutes on a GPU, hours on a CPU)
+embedded: $(VENV)/installed
+	MITASWAP=$(BIN)/mitaswap OUT=$(RUNS)/embedded sh tools/train_embedded.sh
+
+bench-seam: $(VENV)/installed
+	$(BIN)/python benchmarks/seam.py
+
+bench-cells: $(VENV)/installed
+	$(BIN)/python benchmarks/cells.py
+
+bench-core: $(VENV)/installed
+	$(BIN)/python benchmarks/core.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info
