@@ -57,15 +57,15 @@ def main() -> None:
     for library, build in {"timm": timm_vit, "transformers": hf_vit}.items():
         plain = build(args.size).eval().to(device, dtype)
         swapped = mitaswap.convert(copy.deepcopy(plain), "standard")
+        again = copy.deepcopy(plain)  # what two equal models differ by: the error of the ratio
         for batch in args.batch:
             x = torch.randn(batch, 3, 224, 224, device=device, dtype=dtype)
             for mode in ["eager", "compiled"] if args.compile else ["eager"]:
-                pair = {"untouched": plain, "swapped": swapped}
+                models = {"untouched": plain, "control": again, "swapped": swapped}
                 if mode == "compiled":
                     torch.compiler.reset()
-                    pair = {k: torch.compile(m, fullgraph=True) for k, m in pair.items()}
-                seconds = in_turn({k: forward(m, x) for k, m in pair.items()}, args.rounds)
-                ratio = paired_ratio(seconds["swapped"], seconds["untouched"])
+                    models = {k: torch.compile(m, fullgraph=True) for k, m in models.items()}
+                seconds = in_turn({k: forward(m, x) for k, m in models.items()}, args.rounds)
                 for name, values in seconds.items():
                     rows.append(
                         {
@@ -77,21 +77,22 @@ def main() -> None:
                             "mode": mode,
                             "variant": name,
                             "rounds": args.rounds,
-                            "ratio": ratio,
+                            "ratio": paired_ratio(values, seconds["untouched"]),
                             **quantiles(values),
                         }
                     )
     table = Table(title="standard swapped in, against the untouched model")
-    for column in ("library", "batch", "mode", "untouched ms", "swapped ms", "ratio"):
+    for column in ("library", "batch", "mode", "untouched ms", "swapped ms", "ratio", "control"):
         table.add_column(column)
-    for untouched, changed in zip(rows[::2], rows[1::2], strict=True):
+    for untouched, control, changed in zip(rows[::3], rows[1::3], rows[2::3], strict=True):
         table.add_row(
             untouched["library"],
             str(untouched["batch_size"]),
             untouched["mode"],
             f"{untouched['ms_q50']:.2f}",
             f"{changed['ms_q50']:.2f}",
-            f"{untouched['ratio']:.3f}",
+            f"{changed['ratio']:.3f}",
+            f"{control['ratio']:.3f}",
         )
     Console().print(table, f"rows: {write_rows(args.name, rows)}")
 
