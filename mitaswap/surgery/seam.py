@@ -1,15 +1,12 @@
-"""The seam: a subclass of the attention module's own class whose one attention call goes to a
-mechanism.
+"""The seam: a subclass of the attention module's class whose one attention call is diverted.
 
-Nothing of the upstream forward is copied by hand. The call is diverted by the cheapest way that
-fits:
+Nothing of the upstream forward is copied by hand. The call goes to a mechanism by the cheapest way
+that fits:
 
 - `source`: the class's own forward calls `scaled_dot_product_attention`. It is compiled again from
-its own source with
-  that one call turned into `self._mitaswap_attend`, once per class.
+  its own source with that one call turned into `self._mitaswap_attend`, once per class.
 - `interface`: a Hugging Face module asks its config which attention function to use. It gets a
-shadow config that
-  names ours, which is the library's own sdpa function, diverted in the same way.
+  shadow config that names ours, which is the library's own sdpa function, diverted in the same way.
 - `mode`: anywhere else a TorchFunctionMode diverts the call while the module's forward runs.
 """
 
@@ -114,8 +111,7 @@ class Swapped:
         if not value:
             raise SwapError(
                 f"{self._mitaswap.site.path} is swapped to {self.mitaswap.spec}: fused_attn=False "
-                "would bypass it. "
-                "Call mitaswap.revert(model) first."
+                "would bypass it. Call mitaswap.revert(model) first."
             )
 
     def _mitaswap_attend(
