@@ -30,14 +30,16 @@ class Spec:
     Args:
         name: mechanism, model or data set.
         options: option name to value, in the order given.
+        wrappers: what is around a mechanism, from the inside out: `mita(m=25)+dwc+gate`.
     """
 
     name: str
     options: Mapping[str, Value] = field(default_factory=dict)
+    wrappers: tuple[Spec, ...] = ()
 
     @classmethod
     def parse(cls, text: str | Spec) -> Spec:
-        """Read `name` or `name(key=value, ...)`.
+        """Read `name` or `name(key=value, ...)`, and `+name` or `+name(...)` behind it.
 
         Values are Python literals, the words true, false and none, or bare words (`feature=relu`).
 
@@ -47,6 +49,11 @@ class Spec:
         if isinstance(text, Spec):
             return text
         text = text.strip()
+        inner, *outer = split_top_level(text, "+") or [text]
+        # a path or a model's name may have a plus of its own
+        if outer and inner.partition("(")[0].strip().isidentifier():
+            spec = cls.parse(inner)
+            return cls(spec.name, spec.options, tuple(cls.parse(part) for part in outer))
         name, bracket, rest = text.partition("(")
         name = name.strip()
         if not name or (bracket and not rest.endswith(")")):
@@ -67,7 +74,7 @@ class Spec:
 
     def with_options(self, **options: Value) -> Spec:
         """A copy with some options set or replaced."""
-        return Spec(self.name, {**self.options, **options})
+        return Spec(self.name, {**self.options, **options}, self.wrappers)
 
     @property
     def stem(self) -> str:
@@ -75,17 +82,19 @@ class Spec:
         return re.sub(r"[^A-Za-z0-9.]+", "-", str(self).replace("=", "")).strip("-.") or "spec"
 
     def __str__(self) -> str:
-        if not self.options:
-            return self.name
-        return f"{self.name}({','.join(f'{k}={_show(v)}' for k, v in self.options.items())})"
+        options = ",".join(f"{k}={_show(v)}" for k, v in self.options.items())
+        own = f"{self.name}({options})" if options else self.name
+        return "+".join([own, *(str(spec) for spec in self.wrappers)])
 
     def __hash__(self) -> int:
         # what equality sees too: neither the order of the options nor 1 against 1.0
-        return hash((self.name, frozenset(self.options)))
+        return hash((self.name, frozenset(self.options), self.wrappers))
 
 
-def split_top_level(text: str) -> list[str]:
-    """Split at commas outside brackets and quotes: `a,b(c=1,d=2)` gives `a` and `b(c=1,d=2)`."""
+def split_top_level(text: str, at: str = ",") -> list[str]:
+    """Split at commas (or `at`) outside brackets and quotes: `a,b(c=1,d=2)` gives `a` and
+    `b(c=1,d=2)`.
+    """
     parts, depth, quote, start, escaped = [], 0, "", 0, False
     for i, char in enumerate(text):
         if escaped:
@@ -99,7 +108,7 @@ def split_top_level(text: str) -> list[str]:
             depth += 1
         elif char in ")]}":
             depth -= 1
-        elif char == "," and depth == 0:
+        elif char == at and depth == 0:
             parts.append(text[start:i])
             start = i + 1
     parts.append(text[start:])

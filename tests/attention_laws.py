@@ -2,24 +2,66 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from mitaswap import Spec, TokenLayout, mechanism
-from mitaswap.mechanisms import MECHANISMS
+from mitaswap.errors import MitaswapError
+from mitaswap.mechanisms import MECHANISMS, WRAPPERS, Mechanism, Wrapper
 
-#: every option set that the mechanisms declare, as call strings
+
+def wraps(spec: str) -> bool:
+    """Whether a wrapper can be around this mechanism at all."""
+    try:
+        mechanism(spec)
+    except MitaswapError:
+        return False
+    return True
+
+
+#: what wrappers are tried around: compression, routing, and a mechanism that needs x itself
+INNER = ["linear", "mita(m=9,k=8,variant=route-only)", "agent(n=6)+gate(per=head)"]
+#: every option set that the mechanisms declare, as call strings, and every wrapper around a few
 SPECS = [str(Spec(name, sample)) for name, cls in MECHANISMS.items() for sample in cls.samples]
+SPECS += [
+    f"{inner}+{Spec(name, sample)}"
+    for name, wrapper in WRAPPERS.items()
+    for sample in wrapper.samples
+    for inner in INNER
+    if f"+{name}" not in inner and wraps(f"{inner}+{Spec(name, sample)}")
+]
 #: those whose queries choose experts
 ROUTED = [spec for spec in SPECS if mechanism(spec).routes]
-#: mechanisms that attend to every pair of tokens: N x N work by definition
-EXACT = ("standard",)
 
 LAYOUT = TokenLayout(1, (8, 7))
 LAYOUTS = [LAYOUT, TokenLayout(0, (7, 9), suffix=2), TokenLayout(5, (9, 8))]
 
 each = pytest.mark.parametrize("spec", SPECS)
+
+
+def innermost(part: Mechanism) -> Mechanism:
+    """The mechanism inside all wrappers."""
+    return innermost(part.inner) if isinstance(part, Wrapper) else part
+
+
+def accepts(spec: str, layout: TokenLayout, dim: int = 8) -> bool:
+    """Whether the options fit a layout."""
+    try:
+        mechanism(spec).check(layout, dim)
+    except MitaswapError:
+        return False
+    return True
+
+
+def accepted(spec: str, layouts: Iterable[TokenLayout] = LAYOUTS) -> list[TokenLayout]:
+    """The layouts that the options fit; one at least, or the sample is a bad one."""
+    fitting = [layout for layout in layouts if accepts(spec, layout)]
+    assert fitting, f"no layout of the laws fits {spec}"
+    return fitting
 
 
 def draw(
@@ -35,6 +77,24 @@ def draw(
     shape = (3, batch, heads, layout.tokens, dim)
     q, k, v = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).unbind()
     return q, k, v
+
+
+def attend(
+    part: Mechanism, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout = LAYOUT, **more: Any
+) -> Tensor:
+    """Call a mechanism; one that needs the module's input gets the queries of all heads for it."""
+    if "x" in part.needs:
+        more["x"] = q.transpose(1, 2).flatten(2)
+    return part(q, k, v, layout=layout, **more)
+
+
+def featured(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """q and k such that every feature map (ReLU, both signs) leaves every query and key features,
+    and every pair has some in common.
+    """
+    q, k = q.abs() + 0.5, k.abs() + 0.5
+    k[..., 1] = -k[..., 1]
+    return q, k
 
 
 def same(got: Tensor, want: Tensor, room: float = 1e-11) -> None:

@@ -23,7 +23,7 @@ from timm.models.nest import Nest
 from timm.models.volo import VOLO
 from torch import Tensor, nn
 
-from mitaswap.mechanisms import MECHANISMS, Card, Mechanism
+from mitaswap.mechanisms import MECHANISMS, Card, Mechanism, SiteShape
 
 Example = Any  # what `walk` and `swap` take: a batch, or keyword arguments
 Model = Any  # an nn.Module; type checkers know too little of the attributes of one
@@ -391,7 +391,9 @@ def awaken(model: Model) -> Model:
 class Sharper(Mechanism):
     """Softmax attention at twice the scale; takes a bias, so it can move networks that have one."""
 
-    card = Card("none", "MLP", "1", "all pairs", "all-to-one", "a test", "N^2 d")
+    card = Card(
+        "none", "MLP", "1", "all pairs", "all-to-one", "a test", "N^2 d", untrained="usable"
+    )
     supports = frozenset({"bias", "dropout"})
 
     def reference(self, q: Tensor, k: Tensor, v: Tensor, **extra: Any) -> Tensor:
@@ -400,17 +402,31 @@ class Sharper(Mechanism):
 
 
 class Gated(Mechanism):
-    """Softmax attention times a learned gate per head, which `attach` creates: a learned extra."""
+    """Softmax attention times a learned gate per head, which `build` creates: a learned extra."""
 
     card = Sharper.card
     gate: nn.Parameter
 
-    def attach(self, heads: int, head_dim: int, layout: Any) -> None:
-        self.gate = nn.Parameter(torch.linspace(0.5, 1.5, heads))
+    def build(self, site: SiteShape) -> None:
+        self.gate = nn.Parameter(torch.linspace(0.5, 1.5, site.heads))
 
     def reference(self, q: Tensor, k: Tensor, v: Tensor, **extra: Any) -> Tensor:
         out = F.scaled_dot_product_attention(q, k, v, scale=extra["scale"])
         return out * self.gate.to(out.dtype)[:, None, None]
+
+
+class FromInput(Mechanism):
+    """Softmax attention times one plus the mean of the module's input: it needs x."""
+
+    card = Sharper.card
+    needs = frozenset({"x"})
+
+    def build(self, site: SiteShape) -> None:
+        self.weight = nn.Parameter(torch.ones(site.width))
+
+    def reference(self, q: Tensor, k: Tensor, v: Tensor, **extra: Any) -> Tensor:
+        out = F.scaled_dot_product_attention(q, k, v, scale=extra["scale"])
+        return out * (1 + (extra["x"] @ self.weight.to(out.dtype)))[:, None, :, None]
 
 
 @contextmanager

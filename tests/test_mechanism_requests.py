@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from attention_laws import LAYOUT, draw, each, same
+from attention_laws import LAYOUT, LAYOUTS, accepted, attend, draw, each, innermost, same
+from torch.utils.flop_counter import FlopCounterMode
 
 from mitaswap import Spec, TokenLayout, mechanism
 from mitaswap.errors import MitaswapError
-from mitaswap.mechanisms import MECHANISMS, Mechanism
+from mitaswap.mechanisms import MECHANISMS, TRAITS, Mechanism, SiteShape
 
 # ------------------------------------------------------------------------------------------- errors
 
@@ -69,8 +70,8 @@ def test_impossible_sizes(bad: Bad) -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("mitta(m=4)", "unknown mechanism 'mitta'. Did you mean 'mita'? Allowed: agent, linear,"),
-        ("softmax9", "unknown mechanism 'softmax9'. Allowed: agent, linear,"),
+        ("mitta(m=4)", "unknown mechanism 'mitta'. Did you mean 'mita'? Allowed: agent, "),
+        ("softmax9", "unknown mechanism 'softmax9'. Allowed: agent, "),
         (
             "mita(mm=4)",
             "unknown option of mita 'mm'. Did you mean 'm'? Allowed: impl, k, landmark_",
@@ -145,7 +146,7 @@ def test_extras_are_honoured_or_refused(spec: str, part: str, extra: dict[str, A
     mech = mechanism(spec)
     q, k, v = draw(dtype=torch.float32)
     if part in mech.supports:
-        assert mech(q, k, v, layout=LAYOUT, **extra).shape == v.shape
+        assert attend(mech, q, k, v, **extra).shape == v.shape
         return
     with pytest.raises(MitaswapError) as error:
         mech(q, k, v, layout=LAYOUT, **extra)
@@ -162,7 +163,7 @@ def test_unknown_extras(spec: str) -> None:
         mechanism(spec)(q, k, v, layout=LAYOUT, attn_mas=None)
     assert str(error.value) == (
         "unknown argument of an attention call 'attn_mas'. Did you mean 'attn_mask'? "
-        "Allowed: attn_mask, dropout_p, is_causal."
+        "Allowed: attn_mask, dropout_p, is_causal, x."
     )
 
 
@@ -172,12 +173,14 @@ def test_implementations(spec: str) -> None:
     q, k, v = draw(dtype=torch.float32)
     plain = mechanism(spec)
     reference = mechanism(plain.spec.with_options(impl="reference"))
-    same(plain(q, k, v, layout=LAYOUT), reference(q, k, v, layout=LAYOUT), 1e-5)
-    if type(plain).fused is Mechanism.fused:  # before any work, not in the middle of a run
+    same(attend(plain, q, k, v), attend(reference, q, k, v), 1e-5)
+    if (
+        type(innermost(plain)).fused is Mechanism.fused
+    ):  # before any work, not in the middle of a run
         with pytest.raises(MitaswapError) as error:
             mechanism(plain.spec.with_options(impl="fused"))
         assert str(error.value) == (
-            f"{plain.name} has no fused kernel; use impl=reference or impl=auto"
+            f"{innermost(plain).name} has no fused kernel; use impl=reference or impl=auto"
         )
 
 
@@ -211,16 +214,70 @@ def test_card_and_options_are_complete(name: str) -> None:
         text = getattr(cls.card, field.name)
         assert isinstance(text, str) and text.strip() == text != "", field.name
     options = {field.name: field for field in fields(cls.options_type)}
-    assert not options.keys() & COLUMNS
+    assert not options.keys() & COLUMNS - {"seed"}, "a column of the results has that name"
+    assert not mechanism(name).settings.keys() & COLUMNS
     assert cls.options_type.__doc__ and "Args:" in cls.options_type.__doc__
     documented = cls.options_type.__doc__ + (cls.options_type.__mro__[1].__doc__ or "")
     for option in options:
         assert f"{option}:" in documented, f"{option} is not in the docstring of the options"
     assert {option for _, option in cls.axes} <= options.keys()
     assert cls.supports <= {"bias", "causal", "dropout"}
+    assert cls.card.untrained in ("usable", "needs finetuning")
     for sample in cls.samples:
         assert sample.keys() <= options.keys()
-        mechanism(Spec(name, sample)).check(LAYOUT, 8)
+        part = mechanism(Spec(name, sample))
+        part.check(LAYOUT, 8)
+        assert part.traits <= TRAITS.keys() and part.needs <= {"grid", "x"}
+
+
+GRIDS = [TokenLayout(1, grid) for grid in
+         [(4, 4), (4, 7), (5, 5), (6, 6), (7, 7), (8, 8), (9, 11), (12, 12), (13, 13), (16, 16),
+          (14, 20), (24, 24), (32, 32), (37, 37)]]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MECHANISMS.names())
+def test_defaults_fit_or_a_fitting_set_is_suggested(name: str) -> None:
+    cls = MECHANISMS.get(name)
+    mechanism(name).check(TokenLayout(1, (14, 14)), 64)
+    for layout in GRIDS:
+        mechanism(Spec(name, cls.suggest(layout))).check(layout, 16)
+
+
+@each
+def test_cost_is_what_a_counter_sees(spec: str) -> None:
+    """FLOPs by the formula (and the slots that its blocks waste) against those of one forward."""
+    for layout in accepted(spec, [*LAYOUTS, TokenLayout(1, (14, 14)), TokenLayout(0, (16, 24))]):
+        part = mechanism(spec)
+        q, k, v = draw(layout, batch=1, dim=16, dtype=torch.float32)
+        attend(part, q, k, v, layout)  # attaches
+        with FlopCounterMode(display=False) as counted, torch.no_grad():
+            attend(part, q, k, v, layout)
+        cost = part.cost(SiteShape(3, 16, layout))
+        assert cost.flops + cost.padding == pytest.approx(counted.get_total_flops(), rel=0.01)
+        assert cost.bytes() == 2 * cost.moved >= 2 * 4 * q.numel()
+
+
+@each
+def test_no_fewer_flops_for_more_tokens(spec: str) -> None:
+    layouts = accepted(spec, [TokenLayout(1, (side, side)) for side in (7, 14, 28)])
+    costs = [mechanism(spec).cost(SiteShape(3, 16, layout)) for layout in layouts]
+    assert [c.flops for c in costs] == sorted({c.flops for c in costs})
+
+
+@each
+def test_x_is_asked_for(spec: str) -> None:
+    part = mechanism(spec)
+    if "x" not in part.needs:
+        return
+    q, k, v = draw()
+    for wrong, text in ((None, "none"), (torch.zeros(2, 5, 24), "[2, 5, 24]")):
+        extra = {} if wrong is None else {"x": wrong}
+        with pytest.raises(MitaswapError) as error:
+            part(q, k, v, layout=LAYOUT, **extra)
+        assert str(error.value) == (
+            f"{part.spec} needs the attention module's input x, [B, N, C] = [2, 57, C], "
+            f"got {text}; call it with x=..., or swap it into a model, which hands x over"
+        )
 
 
 @each
@@ -228,7 +285,8 @@ def test_spec_shows_what_is_set(spec: str) -> None:
     """The spec names what is not a default, and the axes always; it builds the same mechanism."""
     part = mechanism(spec)
     shown = part.spec.options
-    assert mechanism(str(part.spec)).options == part.options
+    assert mechanism(str(part.spec)).settings == part.settings
+    part = innermost(part)
     assert {option for _, option in part.axes} <= shown.keys()
     for field in fields(part.options):
         value = getattr(part.options, field.name)

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 import mitaswap
 from mitaswap import MitaswapError, TokenLayout
 from mitaswap.errors import SwapError
+from mitaswap.mechanisms import SiteShape
 from mitaswap.surgery import seam, swapped_sites, walk
 from mitaswap.surgery.interface import INTERFACE
 
@@ -199,7 +200,7 @@ def test_walk_says_what_is_wrong_with_the_size() -> None:
 class Nested(Gated):
     """A mechanism with attention modules of its own."""
 
-    def attach(self, heads: int, head_dim: int, layout: Any) -> None:
+    def build(self, site: SiteShape) -> None:
         self.inner = PlainAttention()
         self.other = nn.MultiheadAttention(32, 4, batch_first=True)
 

@@ -39,6 +39,7 @@ from torch import Tensor, nn
 import mitaswap
 from mitaswap import MitaswapError, Recipe, TokenLayout
 from mitaswap.errors import SwapError
+from mitaswap.mechanisms import SiteShape
 from mitaswap.surgery import Handle, recipe_of, seam, swap, swapped_sites, walk
 
 EACH_ROUTE = ["timm-vit", "hf-vit", "hand-made"]
@@ -174,7 +175,7 @@ class BreaksAtTheSecondSite(Gated):
 
     built = 0
 
-    def attach(self, heads: int, head_dim: int, layout: Any) -> None:
+    def build(self, site: SiteShape) -> None:
         type(self).built += 1
         if self.built == 2:
             raise RuntimeError("no memory for site 2")

@@ -5,55 +5,21 @@ parameters.
 from __future__ import annotations
 
 import math
-import typing
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, fields
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from mitaswap.errors import MitaswapError, unknown
+from mitaswap.mechanisms._card import Card, Cost, Routing, SiteShape
+from mitaswap.operators.experts import Branch
+from mitaswap.operators.precision import outside_autocast, working
 from mitaswap.registry import Registry
 from mitaswap.spec import Spec, Value
 from mitaswap.tokens import TokenLayout
 
 MECHANISMS: Registry[type[Mechanism]] = Registry("mechanism", "mitaswap.mechanisms")
-
-
-@dataclass(frozen=True)
-class Card:
-    """A mechanism's place in the paper's five-dimensional taxonomy (Tab. 1), and where it comes
-    from.
-
-    Args:
-        strategy: how the N-wide fast-weight MLP is scaled: by compression, by routing, or both.
-        expert_type: what one expert is (a linear layer, an MLP, ...).
-        expert_count: how many experts there are.
-        construction: how experts are formed from keys and values.
-        topology: which queries go to which experts.
-        source: paper, year and equation.
-        cost: order of the operations for N tokens, as a formula.
-    """
-
-    strategy: str
-    expert_type: str
-    expert_count: str
-    construction: str
-    topology: str
-    source: str
-    cost: str
-
-
-@dataclass(frozen=True)
-class Routing:
-    """Who holds which keys and who asks whom: all that statistics see of a routed mechanism.
-
-    Args:
-        members: key positions that each expert holds, int64 [B, H, M, K].
-        choice: experts that each query takes, best first, int64 [B, H, N, s].
-    """
-
-    members: Tensor
-    choice: Tensor
 
 
 @dataclass(frozen=True)
@@ -70,9 +36,10 @@ class Options:
 class Mechanism(nn.Module):
     """One attention mechanism with its options fixed.
 
-    A subclass declares `options_type`, `card`, `samples` and `supports`, and writes `reference`. It
-    is an `nn.Module` so that mechanisms with learned parts can create them in `attach`; those
-    without keep no state at all.
+    A subclass declares `options_type`, `card`, `samples`, `traits` and what it `needs` and
+    `supports`, and writes `check`, `reference` and `cost`. Learned parts are created by `build`,
+    from constants or from a generator of its own, never from the global one: the same options and
+    site always start alike.
     """
 
     name: ClassVar[str]
@@ -80,6 +47,11 @@ class Mechanism(nn.Module):
     card: ClassVar[Card]
     #: option sets that the laws of the test suite and the benchmarks run over
     samples: ClassVar[tuple[dict[str, Value], ...]] = ({},)
+    #: the laws that hold for it, of `TRAITS`; where options decide, a property
+    traits: ClassVar[frozenset[str]] = frozenset()
+    #: what it reads of a site besides q, k, v: "grid" (where the patches are), "x" (the attention
+    #: module's input); where options decide, a property
+    needs: ClassVar[frozenset[str]] = frozenset()
     #: what a site may hand over besides q, k, v: any of "bias", "causal", "dropout"
     supports: ClassVar[frozenset[str]] = frozenset()
     #: the options that `--grid K,N` sweeps, as (axis, option) pairs; empty without experts
@@ -88,6 +60,7 @@ class Mechanism(nn.Module):
     def __init__(self, options: Options | None = None) -> None:
         super().__init__()
         self.options = options if options is not None else self.options_type()
+        self.site: SiteShape | None = None
         if self.options.impl == "fused" and type(self).fused is Mechanism.fused:
             raise MitaswapError(f"{self.name} has no fused kernel; use impl=reference or impl=auto")
 
@@ -102,6 +75,23 @@ class Mechanism(nn.Module):
         return Spec(self.name, shown)
 
     @property
+    def _fields(self) -> tuple[Field[Any], ...]:
+        return fields(self.options)
+
+    @property
+    def family(self) -> str:
+        """Name without options: of the mechanism, and of the wrappers around it."""
+        return self.name
+
+    @property
+    def settings(self) -> dict[str, Value]:
+        """All options by name, those of wrappers as `WRAPPER_OPTION`: columns of the results (where
+        `seed` is the run's, so that a mechanism's own is `NAME_seed`).
+        """
+        names = {f.name: f"{self.name}_seed" if f.name == "seed" else f.name for f in self._fields}
+        return {column: getattr(self.options, name) for name, column in names.items()}
+
+    @property
     def routes(self) -> bool:
         """Whether these options route queries to experts, so that `route` has an answer."""
         return False
@@ -111,26 +101,76 @@ class Mechanism(nn.Module):
         done.
         """
 
-    def attach(self, heads: int, head_dim: int, layout: TokenLayout) -> None:
-        """Create learned parts for one site. Called once, when the mechanism is swapped in;
-        default: none.
+    @classmethod
+    def suggest(cls, layout: TokenLayout) -> dict[str, Value]:
+        """Options for a layout that the defaults do not fit; empty (the default) where they do."""
+        return {}
+
+    def build(self, site: SiteShape) -> None:
+        """Create learned parts and buffers for one site; default: none. Their start is the best
+        that the formula allows without training, and they fit any later grid by interpolation.
         """
 
+    def attach(self, site: SiteShape) -> None:
+        """Settle at a site, once: `build` runs here. A mechanism that was not attached attaches
+        itself to the first tensors that it is called with.
+
+        Raises:
+            MitaswapError: the options do not fit the site.
+        """
+        if self.site is not None:
+            raise MitaswapError(f"{self.spec} is attached already, to {self.site}")
+        self.check(site.layout, site.head_dim)
+        self.build(site)
+        self.site = site
+
+    def cost(self, site: SiteShape) -> Cost:
+        """FLOPs and memory traffic of one image at a site, by the formula."""
+        raise NotImplementedError
+
+    def _cost(self, site: SiteShape, flops: int, between: int = 0, padding: int = 0) -> Cost:
+        """`Cost` of a core that reads q, k, v (and x, if needed) and its parameters, and writes
+        the output; `flops`, `between` (numbers stored and read back) and `padding` per head.
+        """
+        own = self if self.site == site else type(self)(self.options)
+        if own is not self:
+            own.attach(site)
+        tokens = site.layout.tokens
+        moved = site.heads * tokens * 2 * (site.head_dim + site.value_dim)
+        moved += tokens * site.width if "x" in self.needs else 0
+        moved += sum(p.numel() for p in own.parameters())
+        heads = site.heads
+        return Cost(heads * flops, moved + 2 * heads * between, heads * padding)
+
+    def branch(
+        self, q: Tensor, k: Tensor, v: Tensor, *, layout: TokenLayout, scale: float, **extra: Any
+    ) -> Branch:
+        """The formula of a mechanism whose output is one softmax: output and log-sum-exp, so that
+        other keys can join the same softmax. Arguments as `reference`, contiguous and in working
+        precision. Mechanisms that are no softmax write `reference` instead.
+        """
+        raise NotImplementedError
+
+    @outside_autocast
     def reference(
         self, q: Tensor, k: Tensor, v: Tensor, *, layout: TokenLayout, scale: float, **extra: Any
     ) -> Tensor:
-        """The mechanism's formula in PyTorch, on any device and dtype.
+        """The mechanism's formula in PyTorch, on any device and dtype; default: from `branch`.
 
         Args:
             q, k, v: [B, H, N, D].
             layout: token layout of the N tokens.
             scale: factor of q k^T.
-            extra: what `supports` declares, by name (`attn_mask`, `is_causal`, `dropout_p`).
+            extra: what `supports` and `needs` declare, by name (`attn_mask`, `is_causal`,
+                `dropout_p`; `x` [B, N, C]).
 
         Returns:
             [B, H, N, D] in q's dtype.
         """
-        raise NotImplementedError
+        # views of a fused projection are strided; each is read several times, so it is copied once
+        exact = (t.contiguous() for t in working(q, k, v))
+        out, _ = self.branch(*exact, layout=layout, scale=scale, **extra)
+        return out.to(q.dtype)
 
     def fused(
         self, q: Tensor, k: Tensor, v: Tensor, *, layout: TokenLayout, scale: float, **extra: Any
@@ -156,8 +196,8 @@ class Mechanism(nn.Module):
         """Attend. Arguments as `reference`; `scale=None` means 1 / sqrt(D).
 
         Raises:
-            MitaswapError: shapes, layout and options do not fit, or `extra` holds what the
-                mechanism cannot honour.
+            MitaswapError: shapes, layout and options do not fit, `extra` holds what the mechanism
+                cannot honour, or lacks the x that it needs.
         """
         if q.ndim != 4 or q.shape != k.shape or q.shape[:3] != v.shape[:3]:
             raise MitaswapError(
@@ -169,10 +209,23 @@ class Mechanism(nn.Module):
         for name in extra:
             if name not in _PART:
                 raise unknown("argument of an attention call", name, _PART)
-            if _PART[name] not in self.supports:
+            if _PART[name] not in self.supports | self.needs:
                 raise MitaswapError(
                     f"{self.spec} cannot honour {name}; only mechanisms that support it can"
                 )
+        x = extra.get("x")
+        if "x" in self.needs and (x is None or x.shape[:2] != (q.shape[0], q.shape[2])):
+            raise MitaswapError(
+                f"{self.spec} needs the attention module's input x, [B, N, C] = "
+                f"[{q.shape[0]}, {q.shape[2]}, C], got {'none' if x is None else list(x.shape)}; "
+                "call it with x=..., or swap it into a model, which hands x over"
+            )
+        if self.site is None:
+            width = x.shape[2] if x is not None else 0
+            self.attach(SiteShape(q.shape[1], q.shape[3], layout, v.shape[3], width))
+            # half precision keeps learned parts in float32, as the sums are
+            exact = q.dtype in (torch.float32, torch.float64)
+            self.to(q.device, q.dtype if exact else torch.float32)
         if scale is None:
             scale = 1.0 / math.sqrt(q.shape[3])
         return self.run(q, k, v, layout, scale, extra)
@@ -194,41 +247,5 @@ class Mechanism(nn.Module):
         return str(self.spec)
 
 
-#: keyword of an attention call -> the entry of `supports` that allows it
-_PART = {"attn_mask": "bias", "is_causal": "causal", "dropout_p": "dropout"}
-
-
-def mechanism(spec: str | Spec) -> Mechanism:
-    """Build a mechanism from its call string: `mechanism("mita(m=25,k=25)")(q, k, v, layout=...,
-    scale=None)`.
-
-    Raises:
-        MitaswapError: unknown mechanism or option, a value of the wrong type, or a kernel that the
-            mechanism does not have.
-    """
-    spec = Spec.parse(spec)
-    cls = MECHANISMS.get(spec.name)
-    return cls(_options(cls, spec))
-
-
-def _options(cls: type[Mechanism], spec: Spec) -> Options:
-    types = typing.get_type_hints(cls.options_type)
-    values: dict[str, Any] = {}
-    for name, value in spec.options.items():
-        if name not in types:
-            raise unknown(f"option of {spec.name}", name, types)
-        values[name] = _typed(types[name], name, value, spec)
-    return cls.options_type(**values)
-
-
-def _typed(kind: Any, name: str, value: Value, spec: Spec) -> Value:
-    if typing.get_origin(kind) is Literal:
-        allowed = typing.get_args(kind)
-        if value in allowed:
-            return value
-        raise unknown(f"value of {name} in {str(spec)!r}:", str(value), [str(a) for a in allowed])
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise MitaswapError(f"{name}={value!r} in {str(spec)!r} must be of type {kind.__name__}")
-    return value
+#: keyword of an attention call -> the entry of `supports` or `needs` that allows it
+_PART = {"attn_mask": "bias", "is_causal": "causal", "dropout_p": "dropout", "x": "x"}

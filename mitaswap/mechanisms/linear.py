@@ -11,7 +11,9 @@ from typing import Any, Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-from mitaswap.mechanisms._base import MECHANISMS, Card, Mechanism, Options
+from mitaswap.mechanisms._base import MECHANISMS, Mechanism, Options
+from mitaswap.mechanisms._card import Card, Cost, SiteShape
+from mitaswap.operators.counting import product_flops
 from mitaswap.operators.precision import outside_autocast, working
 from mitaswap.tokens import TokenLayout
 
@@ -48,8 +50,23 @@ class Linear(Mechanism):
         topology="all-to-one",
         source="Katharopoulos et al. 2020, Eq. 5",
         cost="N d^2",
+        untrained="needs finetuning",
     )
     samples = ({}, {"feature": "relu"}, {"feature": "softmax"}, {"feature": "relu", "norm": "rms"})
+
+    @property
+    def traits(self) -> frozenset[str]:  # type: ignore[override]
+        held = {"linear", "averages", "convex", "key-set", "pointwise", "special-set", "mirror"}
+        if self.options.norm == "none":  # the norm spans all heads, and undoes any scale
+            held |= {"heads"} if self.options.feature == "relu" else {"heads", "scaled"}
+        return frozenset(held)
+
+    def cost(self, site: SiteShape) -> Cost:
+        n, d, dv = site.layout.tokens, site.head_dim, site.value_dim
+        flops = 2 * product_flops(n, d, dv)  # memory K^T V, and what queries read from it
+        if self.options.feature != "softmax":
+            flops += product_flops(n, d, 1)
+        return self._cost(site, flops, between=d * dv)
 
     @outside_autocast
     def reference(

@@ -7,17 +7,21 @@ experts whose landmarks it is closest to.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor
 
 from mitaswap.errors import MitaswapError
-from mitaswap.mechanisms._base import MECHANISMS, Card, Mechanism, Options, Routing
-from mitaswap.operators.experts import attend, attend_experts, merge, take
+from mitaswap.mechanisms._base import MECHANISMS, Mechanism, Options
+from mitaswap.mechanisms._card import Card, Cost, Routing, SiteShape
+from mitaswap.operators.counting import attend_flops, product_flops
+from mitaswap.operators.experts import Branch, attend, attend_experts, expert_blocks, merge, take
 from mitaswap.operators.pool import landmarks, pool_shape, pool_tokens
 from mitaswap.operators.precision import outside_autocast, working
 from mitaswap.operators.select import best_indices, top_indices
+from mitaswap.spec import Value
 from mitaswap.tokens import TokenLayout
 
 
@@ -63,6 +67,7 @@ class Mita(Mechanism):
         topology="N-to-m",
         source="Wen et al. 2026, Eq. 5-12",
         cost="N (m + k s) d",
+        untrained="usable",
     )
     samples = (
         {"m": 9, "k": 7},
@@ -71,11 +76,19 @@ class Mita(Mechanism):
         {"m": 8, "k": 5, "variant": "compress-only", "pool": "2x4"},
         {"m": 4, "k": 6, "shared_scale": "released", "landmark_tokens": "released"},
     )
+    needs = frozenset({"grid"})
     axes = (("N", "m"), ("K", "k"))
 
     @property
     def routes(self) -> bool:
         return self.options.variant != "compress-only"
+
+    @classmethod
+    def suggest(cls, layout: TokenLayout) -> dict[str, Value]:
+        if layout.patches >= 50 and min(layout.grid) >= 5:
+            return {}
+        side = min(math.isqrt(layout.patches // 2), *layout.grid)
+        return {"m": side * side, "k": min(25, layout.tokens // 2)}
 
     def check(self, layout: TokenLayout, head_dim: int) -> None:
         o = self.options
@@ -93,19 +106,38 @@ class Mita(Mechanism):
                 )
         pool_shape(o.m, layout.grid, o.pool)
 
+    @property
+    def traits(self) -> frozenset[str]:  # type: ignore[override]
+        held = {"linear", "averages", "convex", "scaled", "heads", "key-set"}
+        if self.options.landmark_tokens == "paper":
+            held |= {"special-set", "mirror"}
+        if self.options.variant == "route-only":
+            held |= {"routed-softmax"}
+        return frozenset(held)
+
+    def cost(self, site: SiteShape) -> Cost:
+        o, n, d, dv = self.options, site.layout.tokens, site.head_dim, site.value_dim
+        flops, between, padding = product_flops(o.m, d, n), o.m * d, 0  # landmark scores
+        if o.variant != "route-only":
+            flops += product_flops(o.m, n, dv) + attend_flops(n, o.m, d, dv)
+            between += o.m * dv
+        if o.variant != "compress-only":
+            flops += product_flops(n, d, o.m) + o.s * attend_flops(n, o.k, d, dv)
+            between += o.m * o.k * (d + dv)
+            blocks, block = expert_blocks(n, o.m)
+            padding = o.s * attend_flops(blocks * block - n, o.k, d, dv)
+        return self._cost(site, flops, between, padding)
+
     def _landmarks(self, q: Tensor, layout: TokenLayout) -> Tensor:
         if self.options.landmark_tokens == "released":
             shape = pool_shape(self.options.m, layout.grid, self.options.pool)
             return pool_tokens(q, 0, layout.grid, shape)
         return landmarks(q, layout, self.options.m, self.options.pool)
 
-    @outside_autocast
-    def reference(
+    def branch(
         self, q: Tensor, k: Tensor, v: Tensor, *, layout: TokenLayout, scale: float, **extra: Any
-    ) -> Tensor:
-        o, dtype = self.options, q.dtype
-        # views of a fused projection are strided; each is read several times, so it is copied once
-        q, k, v = (x.contiguous() for x in working(q, k, v))
+    ) -> Branch:
+        o = self.options
         marks = self._landmarks(q, layout)  # Q~ [B, H, m, D]
         scores = (marks * scale) @ k.transpose(-1, -2)  # S [B, H, m, N], shared by Eq. 6 and 8
 
@@ -121,7 +153,7 @@ class Mita(Mechanism):
             )
             choice = best_indices(q @ marks.transpose(-1, -2), o.s)
             branches += [attend_experts(q, keys, values, choice[..., j], scale) for j in range(o.s)]
-        return merge(branches).to(dtype)  # Eq. 10
+        return merge(branches)  # Eq. 10
 
     @outside_autocast
     def route(self, q: Tensor, k: Tensor, *, layout: TokenLayout, scale: float) -> Routing | None:

@@ -16,24 +16,29 @@ from torch import Tensor
 Branch = tuple[Tensor, Tensor]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Branch:
-    """Softmax attention of q [..., N, D] over k, v [..., K, D], with its log-sum-exp."""
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> Branch:
+    """Softmax attention of q [..., N, D] over k, v [..., K, D], with its log-sum-exp; a bias [...,
+    N, K] is added to the logits.
+    """
     scores = (q * scale) @ k.transpose(-1, -2)
+    if bias is not None:
+        scores = scores + bias
     top = scores.detach().amax(dim=-1, keepdim=True)
     weights = (scores - top).exp()
     total = weights.sum(dim=-1, keepdim=True)
     return (weights @ v) / total, top + total.log()
 
 
-def merge(branches: Sequence[Branch]) -> Tensor:
-    """The softmax over the concatenated keys of all branches: [B, H, N, D]."""
+def merge(branches: Sequence[Branch]) -> Branch:
+    """The softmax over the concatenated keys of all branches."""
     if len(branches) == 1:
-        return branches[0][0]
-    weights = torch.cat([lse for _, lse in branches], dim=-1).softmax(dim=-1)
+        return branches[0]
+    parts = torch.cat([lse for _, lse in branches], dim=-1)
+    weights = parts.softmax(dim=-1)
     total = branches[0][0] * weights[..., :1]
     for i, (out, _) in enumerate(branches[1:], start=1):
         total = total + out * weights[..., i : i + 1]
-    return total
+    return total, parts.logsumexp(dim=-1, keepdim=True)
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
@@ -44,6 +49,12 @@ def take(x: Tensor, index: Tensor) -> Tensor:
     start = torch.arange(batch * heads, device=x.device).view(batch, heads, 1) * rows
     flat = (index + start).flatten()
     return x.reshape(-1, dim).index_select(0, flat).view(*index.shape, dim)
+
+
+def expert_blocks(tokens: int, experts: int) -> tuple[int, int]:
+    """Number of blocks, and queries in each, that `attend_experts` cuts its queries into."""
+    block = min(64, max(8, 1 << (tokens // experts).bit_length() - 1))
+    return tokens // block + experts, block  # sum of ceil(n_i / block) never exceeds this
 
 
 def attend_experts(q: Tensor, k: Tensor, v: Tensor, choice: Tensor, scale: float) -> Branch:
@@ -61,8 +72,7 @@ def attend_experts(q: Tensor, k: Tensor, v: Tensor, choice: Tensor, scale: float
     """
     batch, heads, tokens, dim = q.shape
     experts, width = k.shape[2:4]
-    block = min(64, max(8, 1 << (tokens // experts).bit_length() - 1))
-    blocks = tokens // block + experts  # sum of ceil(n_i / block) never exceeds this
+    blocks, block = expert_blocks(tokens, experts)
 
     order = choice.argsort(dim=-1, stable=True)
     owner = choice.gather(-1, order)

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mitaswap.surgery.tap import InputTap, first_tensor
+
 
 class GridTracker:
     """Remembers the last (h, w) that one module saw.
@@ -33,17 +35,18 @@ class GridTracker:
         """Forward hook: the output is the feature map."""
         self._read(output)
 
-    def before(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        """Forward pre-hook: the first input is the feature map."""
-        self._read(args[0])
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook: the first tensor that the module is given is the feature map."""
+        self._read(first_tensor(args, kwargs))
 
 
 def untrack(module: nn.Module) -> None:
-    """Remove every `GridTracker` hook from `module`, also on a copy whose hook handles are gone."""
+    """Remove every hook of a swap from `module`, also on a copy whose hook handles are gone."""
     for hooks in (module._forward_hooks, module._forward_pre_hooks):
-        for key in [k for k, hook in hooks.items() if _is_tracker(hook)]:
+        for key in [k for k, hook in hooks.items() if _is_ours(hook)]:
             del hooks[key]
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
-def _is_tracker(hook: Any) -> bool:
-    return isinstance(getattr(hook, "__self__", None), GridTracker)
+def _is_ours(hook: Any) -> bool:
+    return isinstance(getattr(hook, "__self__", None), (GridTracker, InputTap))

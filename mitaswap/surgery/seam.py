@@ -27,6 +27,7 @@ from mitaswap.mechanisms import Mechanism
 from mitaswap.surgery.divert import divert
 from mitaswap.surgery.grid import GridTracker
 from mitaswap.surgery.interface import no_map, register_interface, uses_interface
+from mitaswap.surgery.tap import InputTap
 from mitaswap.tokens import TokenLayout
 
 if TYPE_CHECKING:
@@ -51,16 +52,23 @@ class Seam:
         tracker: tells the grid of the forward under way.
         shared: common to all seams of the model.
         config: the module's own Hugging Face config, put back by revert; None elsewhere.
+        tap: holds the module's input, where the mechanism needs it.
     """
 
     def __init__(
-        self, site: Site, tracker: GridTracker, shared: Shared, config: Any = None
+        self,
+        site: Site,
+        tracker: GridTracker,
+        shared: Shared,
+        config: Any = None,
+        tap: InputTap | None = None,
     ) -> None:
         assert site.layout is not None
         self.site = site
         self.tracker = tracker
         self.shared = shared
         self.config = config
+        self.tap = tap
         self.layout = self.checked = site.layout
         self.tokens = site.layout.tokens
 
@@ -143,6 +151,8 @@ class Swapped:
         if dropout_p > 0.0:
             self._mitaswap_require("dropout", f"attention dropout p={dropout_p}")
             extra["dropout_p"] = dropout_p
+        if seam.tap is not None:
+            extra["x"] = seam.tap.take(query)
         if scale is None:
             scale = 1.0 / math.sqrt(query.shape[3])
         if seam.shared.observer is not None:

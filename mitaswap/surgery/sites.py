@@ -29,6 +29,8 @@ class Site:
         heads: number of heads.
         head_dim: width of one head's queries and keys.
         tokens: length of the sequence on the example.
+        value_dim: width of one head's values.
+        width: channels of the module's input.
         layout: token layout on the example; None where the grid is not known.
         bias: "none", "bias" (additive, e.g. relative positions), "mask" or "causal".
         scale: factor of q k^T, None for 1 / sqrt(head_dim).
@@ -51,6 +53,8 @@ class Site:
     channels_last: bool = False
     reason: str | None = None
     mechanism: str | None = None
+    value_dim: int = 0
+    width: int = 0
 
     @property
     def swappable(self) -> bool:
@@ -144,6 +148,8 @@ def _judge(
         tokens=call.q[-2],
         bias="causal" if call.causal else call.mask,
         scale=call.scale,
+        value_dim=call.v[-1],
+        width=call.inputs[-1] if len(call.inputs) == 3 else 0,
     )
     reason = refusal(module) or _call_reason(call, times, batch)
     if reason:
@@ -176,7 +182,11 @@ def _with_grid(site: Site, model: nn.Module, modules: dict[str, nn.Module], call
             if h * w == site.tokens:
                 layout = TokenLayout(0, (h, w))
                 return replace(
-                    site, layout=layout, grid_from=site.path, channels_last=channels_last
+                    site,
+                    layout=layout,
+                    grid_from=site.path,
+                    channels_last=channels_last,
+                    width=shape[3] if channels_last else shape[1],
                 )
     suffix, unplaced = suffix_tokens(model, modules[site.path]), None
     for path, h, w in reversed(call.features):

@@ -10,12 +10,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from mitaswap.errors import MitaswapError, SwapError
-from mitaswap.mechanisms import Mechanism, mechanism
+from mitaswap.mechanisms import Mechanism, SiteShape, mechanism
 from mitaswap.spec import Recipe, Spec
 from mitaswap.surgery.grid import GridTracker, untrack
 from mitaswap.surgery.interface import has_interface, shadow_config
 from mitaswap.surgery.seam import Observer, Seam, Shared, Swapped, seam_class
 from mitaswap.surgery.sites import Site, walk
+from mitaswap.surgery.tap import InputTap
 from mitaswap.surgery.witness import dry_run, example_input
 
 
@@ -208,10 +209,9 @@ def _build(spec: Spec, site: Site) -> Mechanism:
         )
     assert site.layout is not None
     try:
-        part.check(site.layout, site.head_dim)
+        part.attach(SiteShape(site.heads, site.head_dim, site.layout, site.value_dim, site.width))
     except MitaswapError as error:
         raise SwapError(f"{site.path}: {error}") from None
-    part.attach(site.heads, site.head_dim, site.layout)
     return part
 
 
@@ -223,7 +223,7 @@ def _install(model: nn.Module, sites: Sequence[Site], built: dict[str, Mechanism
             tracker = trackers[site.grid_from] = GridTracker(site.channels_last)
             watched = modules[site.grid_from]
             if site.grid_from == site.path:
-                watched.register_forward_pre_hook(tracker.before)
+                watched.register_forward_pre_hook(tracker.before, with_kwargs=True)
             else:
                 watched.register_forward_hook(tracker.after)
     for site in sites:
@@ -233,7 +233,10 @@ def _install(model: nn.Module, sites: Sequence[Site], built: dict[str, Mechanism
         if weight.is_floating_point():
             part = part.to(dtype=weight.dtype)
         own = module.config if has_interface(module) else None
-        seam = Seam(site, trackers[site.grid_from], shared, own)
+        tap = InputTap(site.path, site.channels_last) if "x" in part.needs else None
+        if tap is not None:
+            module.register_forward_pre_hook(tap.before, with_kwargs=True)
+        seam = Seam(site, trackers[site.grid_from], shared, own, tap)
         module.__class__ = seam_class(type(module))  # type: ignore[arg-type]
         module.__dict__["_mitaswap"] = seam
         module.mitaswap = part.train(module.training)

@@ -17,6 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from mitaswap.errors import MitaswapError
 from mitaswap.surgery.places import Place, Places
+from mitaswap.surgery.tap import first_tensor
 
 _SOFTMAX = {torch.softmax, F.softmax, Tensor.softmax}
 
@@ -133,7 +134,7 @@ def witness(model: nn.Module, example: Tensor | Mapping[str, Any]) -> list[Call]
     recorder = _Recorder(image_only=isinstance(example, Tensor))
     hooks = []
     for path, module in model.named_modules():
-        hooks.append(module.register_forward_pre_hook(_enter(recorder, path)))
+        hooks.append(module.register_forward_pre_hook(_enter(recorder, path), with_kwargs=True))
         hooks.append(module.register_forward_hook(_leave(recorder, path), always_call=True))
     # timm's hand-written path bypasses the seam; a swapped module always takes the other one
     unfused: list[Any] = [m for m in model.modules() if getattr(m, "fused_attn", None) is False]
@@ -164,9 +165,9 @@ def dry_run(model: nn.Module, example: Tensor | Mapping[str, Any]) -> None:
 
 
 def _enter(recorder: _Recorder, path: str) -> Any:
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-        first = args[0] if args else None
-        recorder.stack.append((path, tuple(first.shape) if isinstance(first, Tensor) else ()))
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        first = first_tensor(args, kwargs)
+        recorder.stack.append((path, () if first is None else tuple(first.shape)))
 
     return hook
 

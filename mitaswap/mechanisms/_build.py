@@ -1,0 +1,68 @@
+"""From a call string to a mechanism: options by name and type, wrappers around it."""
+
+from __future__ import annotations
+
+import typing
+from typing import Any, Literal
+
+from mitaswap.errors import MitaswapError, unknown
+from mitaswap.mechanisms._base import MECHANISMS, Mechanism
+from mitaswap.mechanisms._card import SiteShape
+from mitaswap.mechanisms._outside import explain
+from mitaswap.mechanisms._wrapper import WRAPPERS, wrap
+from mitaswap.spec import Spec, Value
+from mitaswap.tokens import TokenLayout
+
+
+def mechanism(spec: str | Spec) -> Mechanism:
+    """Build a mechanism from its call string: `mechanism("mita(m=25,k=25)")(q, k, v, layout=...,
+    scale=None)`.
+
+    Raises:
+        MitaswapError: unknown mechanism, wrapper or option, a value of the wrong type, or a kernel
+            that the mechanism does not have.
+    """
+    spec = Spec.parse(spec)
+    explain(spec.name)
+    cls = MECHANISMS.get(spec.name)
+    part = cls(_options(cls.options_type, Spec(spec.name, spec.options)))
+    for outer in spec.wrappers:
+        part = wrap(part, outer.name, _options(WRAPPERS.get(outer.name).options_type, outer))
+    return part
+
+
+#: a ViT's usual site: 224 pixels in patches of 16, a class token, 3 heads of 64
+USUAL = SiteShape(3, 64, TokenLayout(1, (14, 14)))
+
+
+def learned_numbers(part: Mechanism, site: SiteShape = USUAL) -> int:
+    """How many parameters of its own an unattached mechanism has at a site; it is attached there
+    then.
+    """
+    part.attach(site)
+    return sum(p.numel() for p in part.parameters())
+
+
+def _options(kind: Any, spec: Spec) -> Any:
+    types = typing.get_type_hints(kind)
+    values: dict[str, Any] = {}
+    for name, value in spec.options.items():
+        if name not in types:
+            raise unknown(f"option of {spec.name}", name, types)
+        values[name] = _typed(types[name], name, value, spec)
+    return kind(**values)
+
+
+def _typed(kind: Any, name: str, value: Value, spec: Spec) -> Value:
+    if typing.get_origin(kind) is Literal:
+        allowed = typing.get_args(kind)
+        if value is None:  # the grammar's word for nothing is also an option's
+            value = "none"
+        if value in allowed:
+            return value
+        raise unknown(f"value of {name} in {str(spec)!r}:", str(value), [str(a) for a in allowed])
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise MitaswapError(f"{name}={value!r} in {str(spec)!r} must be of type {kind.__name__}")
+    return value

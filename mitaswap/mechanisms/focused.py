@@ -1,0 +1,118 @@
+"""Focused linear attention: a feature map that turns queries and keys towards their strongest
+channel (FLatten Transformer, Han et al. 2023).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mitaswap.errors import MitaswapError
+from mitaswap.mechanisms._base import MECHANISMS, Mechanism, Options
+from mitaswap.mechanisms._card import Card, Cost, SiteShape
+from mitaswap.operators.counting import product_flops
+from mitaswap.operators.precision import outside_autocast, working
+from mitaswap.tokens import TokenLayout
+
+
+@dataclass(frozen=True)
+class FocusedOptions(Options):
+    """Options of focused linear attention.
+
+    Args:
+        factor: focusing factor p, the power that features are raised to; 1 is linear attention with
+            ReLU features.
+        eps: added to the normaliser.
+        norm: what keeps its length in the focused function: `head`, the features of one head (the
+            paper's formula); `width`, those of all heads together (the authors' released code).
+        channel_scale: divide the features of queries and keys by a learned softplus per channel
+            before focusing, as the released code does.
+    """
+
+    factor: float = 3.0
+    eps: float = 1e-6
+    norm: Literal["head", "width"] = "head"
+    channel_scale: bool = False
+
+
+@MECHANISMS.register("focused")
+class Focused(Mechanism):
+    """Linear attention o(q) = phi(q) [ phi(K)^T V ] / ( phi(q) sum_j phi(k_j) ) with the focused
+    feature map phi(x) = f_p(ReLU(x)), f_p(x) = |x| / |x^p| x^p, N d^2 operations.
+
+    f_p keeps a vector's length and sharpens its direction: vectors with the same largest channel
+    move together, others apart. Special tokens are tokens like any other. The paper's module is
+    `focused+dwc(kernel=5)`: a depth-wise convolution of V raises the rank. The released code also
+    adds a learned positional encoding to the keys, which is left out here.
+
+    Parameters:
+        channel_scale [H, D]: softplus of it divides the features; 0, the same for all channels, so
+            that the normaliser undoes it. Only with `channel_scale`.
+    """
+
+    options_type = FocusedOptions
+    options: FocusedOptions
+    card = Card(
+        strategy="compression",
+        expert_type="linear layer",
+        expert_count="1 shared",
+        construction="kernelization",
+        topology="all-to-one",
+        source="Han et al. 2023, arXiv 2308.00442, Eq. 5-6",
+        cost="N d^2",
+        untrained="needs finetuning",
+    )
+    samples = ({}, {"factor": 8.0}, {"norm": "width", "eps": 1e-9}, {"channel_scale": True})
+
+    @property
+    def traits(self) -> frozenset[str]:  # type: ignore[override]
+        held = {"linear", "averages", "convex", "key-set", "pointwise", "special-set", "mirror"}
+        if self.options.norm == "head":  # the other spans all heads
+            held |= {"heads"}
+        return frozenset(held)
+
+    def check(self, layout: TokenLayout, head_dim: int) -> None:
+        if not self.options.factor >= 1:
+            raise MitaswapError(
+                f"{self.spec}: factor={self.options.factor} must be at least 1, which leaves out "
+                "the focusing; use factor=1"
+            )
+
+    def build(self, site: SiteShape) -> None:
+        if self.options.channel_scale:
+            self.channel_scale = nn.Parameter(torch.zeros(site.heads, site.head_dim))
+
+    def cost(self, site: SiteShape) -> Cost:
+        n, d, dv = site.layout.tokens, site.head_dim, site.value_dim
+        # memory K^T V, what queries read from it, and their normalisers
+        flops = 2 * product_flops(n, d, dv) + product_flops(n, d, 1)
+        return self._cost(site, flops, between=d * dv)
+
+    @outside_autocast
+    def reference(
+        self, q: Tensor, k: Tensor, v: Tensor, *, layout: TokenLayout, scale: float, **extra: Any
+    ) -> Tensor:
+        dtype = q.dtype
+        q, k, v = working(q, k, v)
+        q, k = self._features(q * (scale * math.sqrt(q.shape[-1]))), self._features(k)
+        total = q @ k.sum(dim=-2).unsqueeze(-1) + self.options.eps
+        return (q @ (k.transpose(-1, -2) @ v) / total).to(dtype)
+
+    def _features(self, x: Tensor) -> Tensor:
+        """f_p(ReLU(x)) of x [B, H, N, D]."""
+        x = F.relu(x)
+        if self.options.channel_scale:
+            x = x / F.softplus(self.channel_scale.to(x.dtype)).unsqueeze(-2)
+        together = (-1,) if self.options.norm == "head" else (1, 3)
+        # the direction of x^p is that of (x / max x)^p, which neither overflows nor vanishes, and
+        # the maximum cancels, in gradients too; a vector of zeros stays one
+        peak = x.detach().amax(dim=together, keepdim=True)
+        sharp = (x / torch.where(peak > 0, peak, 1)) ** self.options.factor
+        length = torch.linalg.vector_norm(x, dim=together, keepdim=True)
+        sharpened = torch.linalg.vector_norm(sharp, dim=together, keepdim=True)
+        return sharp * (length / torch.where(sharpened > 0, sharpened, 1))

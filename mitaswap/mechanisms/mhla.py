@@ -1,0 +1,178 @@
+"""MHLA: linear attention with one summary per block of tokens, mixed anew for each block of queries
+(Zhang et al. 2026).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mitaswap.errors import MitaswapError
+from mitaswap.mechanisms._base import MECHANISMS, Mechanism, Options
+from mitaswap.mechanisms._card import Card, Cost, SiteShape
+from mitaswap.operators.counting import product_flops
+from mitaswap.operators.pool import pool_shape
+from mitaswap.operators.precision import outside_autocast, working
+from mitaswap.operators.windows import cut, ragged_size
+from mitaswap.tokens import TokenLayout
+
+
+@dataclass(frozen=True)
+class MhlaOptions(Options):
+    """Options of MHLA.
+
+    Args:
+        m: number of blocks that the patch grid is cut into, one summary each; the paper keeps m^2
+            below the number of tokens.
+        pool: blocks as `AxB`, A rows of B blocks; `auto` chooses the most square ones.
+        feature: `relu` (the released code's) or `elu`, elu(x) + 1; the paper leaves it open.
+        start: coefficients before training. `paper`: falling linearly with the distance of two
+            blocks, zero for the farthest; `released`: the default of the authors' code, falling
+            like a cosine to 0.7 of the nearest; `uniform`: all the same, as in linear attention.
+        eps: added to the normaliser of the sum of all summaries, so eps / m to that of their mean.
+    """
+
+    m: int = 16
+    pool: str = "auto"
+    feature: Literal["relu", "elu"] = "relu"
+    start: Literal["paper", "released", "uniform"] = "paper"
+    eps: float = 1e-6
+
+
+@MECHANISMS.register("mhla")
+class Mhla(Mechanism):
+    """o(q) = phi(q) [sum_j c_ij S_j] / ( phi(q) [sum_j c_ij z_j] ) for a query of block i, where
+    S_j = sum_t phi(k_t)^T v_t and z_j = sum_t phi(k_t) over the tokens t of block j: N d^2 + m^2
+    d^2.
+
+    The coefficients c, learned and kept within [0, 1], are shared by all heads. Blocks are cut as
+    evenly as the grid allows (the paper pads its images until they divide). Special tokens are in
+    no block. Their summary joins every mixture with weight 1 / m, the mean coefficient, and they
+    read all summaries with weight 1 / m, as linear attention does.
+
+    The released code mixes the normaliser over blocks of queries, phi(q_b) z_b, which is not the
+    paper's Eq. 4; the paper's is taken here. Its module is mhla+dwc(kernel=5).
+
+    Parameters:
+        mixing: [m, m], row i the coefficients of query block i; starts as `start` says. On a grid
+            whose blocks form another A x B it is resized bilinearly, in each of the four axes.
+    """
+
+    options_type = MhlaOptions
+    options: MhlaOptions
+    card = Card(
+        strategy="compression",
+        expert_type="linear layer",
+        expert_count="m",
+        construction="local prior & kernelization",
+        topology="several-to-one",
+        source="Zhang et al. 2026, arXiv 2601.07832, Eq. 3-5",
+        cost="N d^2 + m^2 d^2",
+        untrained="needs finetuning",
+    )
+    samples = (
+        {},
+        {"m": 4, "feature": "elu"},
+        {"m": 6, "pool": "2x3", "start": "released"},
+        {"m": 8, "start": "uniform"},
+    )
+    needs = frozenset({"grid"})
+    axes = (("N", "m"),)
+    mixing: nn.Parameter
+
+    @property
+    def traits(self) -> frozenset[str]:  # type: ignore[override]
+        held = {"linear", "averages", "convex", "heads", "special-set"}
+        if self.options.feature == "elu":  # relu's normaliser undoes any scale
+            held |= {"scaled"}
+        if self._uniform:
+            held |= {"key-set", "pointwise", "mirror"}
+        return frozenset(held)
+
+    @property
+    def _uniform(self) -> bool:
+        return self.options.start == "uniform" or self.options.m == 1
+
+    def check(self, layout: TokenLayout, head_dim: int) -> None:
+        if not 1 <= self.options.m <= layout.patches:
+            raise MitaswapError(
+                f"{self.spec}: m={self.options.m} must be between 1 and the "
+                f"{layout.patches} patches (tokens {layout}); "
+                f"use m={min(max(self.options.m, 1), layout.patches)}"
+            )
+        self._shape(layout)
+
+    def _shape(self, layout: TokenLayout) -> tuple[int, int]:
+        return pool_shape(self.options.m, layout.grid, self.options.pool)
+
+    def build(self, site: SiteShape) -> None:
+        shape = self._shape(site.layout)
+        place = torch.cartesian_prod(*(torch.arange(float(side)) for side in shape))
+        distance = torch.linalg.vector_norm(place[:, None] - place, dim=-1)
+        if self._uniform:
+            mixing = torch.ones_like(distance)
+        elif self.options.start == "released":
+            mixing = torch.cos(distance / distance.max() * (math.pi / 4))
+        else:
+            mixing = 1.0 - distance / distance.amax(dim=1, keepdim=True)
+        over = 0 if self.options.start == "released" else 1  # its code normalises columns
+        self.mixing = nn.Parameter(mixing / mixing.sum(dim=over, keepdim=True))
+
+    def cost(self, site: SiteShape) -> Cost:
+        n, d, columns = site.layout.tokens, site.head_dim, site.value_dim + 1
+        m, shape = self.options.m, self._shape(site.layout)
+        slots = m * ragged_size(site.layout.grid, shape)[0] - site.layout.patches
+        flops = 2 * product_flops(n, d, columns) + product_flops(m, m, d * columns)
+        between, padding = m * d * columns, 2 * product_flops(slots, d, columns)
+        return self._cost(site, flops, between, padding)
+
+    @outside_autocast
+    def reference(
+        self, q: Tensor, k: Tensor, v: Tensor, *, layout: TokenLayout, scale: float, **extra: Any
+    ) -> Tensor:
+        dtype = q.dtype
+        q, k, v = working(q, k, v)
+        q, k = self._features(q * (scale * math.sqrt(q.shape[-1]))), self._features(k)
+        v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)  # the last column sums to z
+        blocks = cut(layout, self._shape(layout), q.device)
+        coefficients = self._coefficients(layout, q)
+
+        keys = blocks.split(k) * blocks.inside[..., None].to(k.dtype)  # fillers count for nothing
+        summaries = keys.transpose(-1, -2) @ blocks.split(v)  # [B, H, m, D, Dv + 1]
+        queries, keys, values = (_special(x, layout) for x in (q, k, v))
+        apart = keys.transpose(-1, -2) @ values / self.options.m
+
+        mixed = (coefficients @ summaries.flatten(3)).view_as(summaries) + apart[:, :, None]
+        patches = blocks.join(blocks.split(q) @ mixed)
+        rows = queries @ (summaries.mean(dim=2) + apart)
+        parts = [rows[:, :, : layout.prefix], patches, rows[:, :, layout.prefix :]]
+        out = torch.cat(parts, dim=2)
+        eps = self.options.eps / self.options.m
+        return (out[..., :-1] / (out[..., -1:] + eps)).to(dtype)
+
+    def _features(self, x: Tensor) -> Tensor:
+        return F.relu(x) if self.options.feature == "relu" else F.elu(x) + 1
+
+    def _coefficients(self, layout: TokenLayout, like: Tensor) -> Tensor:
+        assert self.site is not None
+        mixing = self.mixing.to(like.dtype)
+        # clipped as the paper does on every update: the gradient passes, and can lead back inside
+        mixing = mixing + (mixing.clamp(0.0, 1.0) - mixing).detach()
+        shape, built = self._shape(layout), self._shape(self.site.layout)
+        if shape == built:
+            return mixing
+        for _ in range(2):  # the last axis each time: key blocks first, then query blocks
+            table = mixing.unflatten(1, built)[:, None]
+            table = F.interpolate(table, shape, mode="bilinear", align_corners=False)
+            mixing = table.flatten(1).t()
+        return mixing
+
+
+def _special(x: Tensor, layout: TokenLayout) -> Tensor:
+    patches = layout.patch_slice
+    return torch.cat([x[:, :, : patches.start], x[:, :, patches.stop :]], dim=2)

@@ -1,0 +1,250 @@
+"""Native sparse attention: averages of blocks for the whole, chosen blocks and a neighbourhood for
+the detail, under learned gates (Yuan et al. 2025).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mitaswap.errors import MitaswapError
+from mitaswap.mechanisms._base import MECHANISMS, Mechanism, Options
+from mitaswap.mechanisms._card import Card, Cost, Routing, SiteShape
+from mitaswap.operators.compress import BlockMap
+from mitaswap.operators.counting import attend_flops, product_flops
+from mitaswap.operators.experts import Branch, attend, attend_experts, expert_blocks, merge
+from mitaswap.operators.neighbourhood import attend_near, near_flops
+from mitaswap.operators.precision import outside_autocast, working
+from mitaswap.operators.routed import special_flops, special_routing
+from mitaswap.operators.select import best_indices
+from mitaswap.operators.special import join, split
+from mitaswap.operators.windows import Windows, cut, ragged_size, runs
+from mitaswap.spec import Value
+from mitaswap.tokens import TokenLayout
+
+#: queries whose scores with all compressed keys exist at once: their number grows with N
+ROWS = 256
+
+
+@dataclass(frozen=True)
+class NsaOptions(Options):
+    """Options of native sparse attention. The paper's sizes (blocks of 32 and 64, k = 16, a window
+    of 512) are for texts of thousands of tokens; the defaults are for a ViT's 14 x 14 patches.
+
+    Args:
+        block: side of the square windows of patches that are compressed and selected.
+        k: blocks that each query selects.
+        window: side of the neighbourhood around each query, an odd number.
+        blocks: `windows` of the grid, or `raster`: runs of block * block patches in raster order,
+            and a neighbourhood of window * window patches before and behind.
+        compress: how a block becomes one key and one value: `mlp` adds a learned MLP with
+            intra-block positions (the paper) to the average, `mean` is the average.
+        own: whether a query's own block is always one of its k (the paper's local blocks).
+        choice: `per-head`; `shared` sums the importance of blocks over all heads, as the paper does
+            in a group of heads that share their keys.
+    """
+
+    block: int = 2
+    k: int = 8
+    window: int = 5
+    blocks: Literal["windows", "raster"] = "windows"
+    compress: Literal["mlp", "mean"] = "mlp"
+    own: bool = True
+    choice: Literal["per-head", "shared"] = "per-head"
+
+
+@MECHANISMS.register("nsa")
+class Nsa(Mechanism):
+    """o = g_cmp Attn(q, K~cmp, V~cmp) + g_slc Attn(q, K~slc, V~slc) + g_win Attn(q, K~win, V~win).
+
+    Blocks tile the patches. Compressed, phi makes one key and one value of each. Selected, a query
+    reads all patches of the k blocks to whose compressed keys softmax gives it the most weight. The
+    window holds the patches around the query. Gates are sigmoids of the module's input x, one for
+    each query, head and branch, 1/3 at the start. No gradient goes through the choice.
+
+    Special tokens as keys are in all three branches, uncompressed; as queries they attend to all N
+    keys by plain softmax, without gates. Blocks for compression and selection are the same and do
+    not overlap (l = d = l' in the paper). The paper is causal, always selects the first block as
+    well, and gives each branch its own projections of keys and values; here all three read the
+    site's.
+
+    Parameters:
+        gate_weight, gate_bias: [3 H, C] and [3 H], zero; g = sigmoid(x W^T + b - ln 2), row 3 h + c
+            for head h and branch c (compressed, selected, window).
+        key_map, value_map: phi of keys and of values, shared by all heads (`BlockMap`).
+    """
+
+    options_type = NsaOptions
+    options: NsaOptions
+    card = Card(
+        strategy="compression & routing",
+        expert_type="block MLP",
+        expert_count="N / block^2 (+2)",
+        construction="locality prior",
+        topology="N-to-blocks",
+        source="Yuan et al. 2025, arXiv 2502.11089, Eq. 5-12",
+        cost="N (N / block^2 + k block^2 + window^2) d",
+        untrained="usable",
+    )
+    samples = (
+        {"k": 3},
+        {"block": 3, "k": 2, "window": 3, "blocks": "raster", "own": False},
+        {"block": 3, "k": 2, "compress": "mean", "choice": "shared", "window": 7},
+    )
+    needs = frozenset({"grid", "x"})
+    gate_weight: nn.Parameter
+    gate_bias: nn.Parameter
+    key_map: BlockMap
+    value_map: BlockMap
+
+    @property
+    def routes(self) -> bool:
+        return True
+
+    @property
+    def traits(self) -> frozenset[str]:  # type: ignore[override]
+        held = {"linear", "averages", "convex", "scaled", "special-set"}
+        return frozenset(held if self.options.choice == "shared" else held | {"heads"})
+
+    def check(self, layout: TokenLayout, head_dim: int) -> None:
+        o = self.options
+        if o.block < 1:
+            raise MitaswapError(f"{self.spec}: block={o.block} must be 1 or more; use block=1")
+        count = math.prod(self._cut(layout)[1])
+        if not 1 <= o.k <= count:
+            raise MitaswapError(
+                f"{self.spec}: k={o.k} must be between 1 and the {count} blocks (tokens {layout}); "
+                f"use k={min(max(o.k, 1), count)}"
+            )
+        if o.window < 1 or o.window % 2 == 0:
+            raise MitaswapError(
+                f"{self.spec}: window={o.window} must be odd, with the query in its middle; use "
+                f"window={max(o.window + 1, 1)}"
+            )
+
+    @classmethod
+    def suggest(cls, layout: TokenLayout) -> dict[str, Value]:
+        count = math.prod(-(-n // NsaOptions.block) for n in layout.grid)
+        return {} if count > NsaOptions.k else {"k": -(-count // 4)}
+
+    def build(self, site: SiteShape) -> None:
+        self.gate_weight = nn.Parameter(torch.zeros(3 * site.heads, site.width))
+        self.gate_bias = nn.Parameter(torch.zeros(3 * site.heads))
+        if self.options.compress == "mlp":
+            side = self.options.block
+            raster = (1, side**2) if self.options.blocks == "raster" else (side, side)
+            self.key_map = BlockMap(raster, site.head_dim)
+            self.value_map = BlockMap(raster, site.value_dim)
+
+    def cost(self, site: SiteShape) -> Cost:
+        o, layout, d, dv = self.options, site.layout, site.head_dim, site.value_dim
+        patches, (grid, shape) = layout.patches, self._cut(layout)
+        count, (size, ragged) = math.prod(shape), ragged_size(grid, shape)
+        flops = product_flops(patches, site.width, 3)  # gates
+        if o.compress == "mlp":
+            flops += sum(product_flops(count, (size + 1) * n, n) for n in (d, dv))
+        flops += attend_flops(patches, count, d, dv) + special_flops(layout, d, dv)
+        # a block holds patches / count keys on average: which blocks are chosen decides the rest
+        read = attend_flops(patches, patches * o.k, d, dv) // count
+        blocks, block = expert_blocks(patches, count)
+        padding = o.k * attend_flops(blocks * block, size, d + ragged, dv) - read
+        near, beside = near_flops(grid, self._radius, d, dv)
+        return self._cost(site, flops + read + near, count * (d + dv), padding + beside)
+
+    @property
+    def _radius(self) -> tuple[int, int]:
+        side = self.options.window
+        return (0, side * side // 2) if self.options.blocks == "raster" else (side // 2, side // 2)
+
+    def _cut(self, layout: TokenLayout) -> tuple[tuple[int, int], tuple[int, int]]:
+        """The grid that is cut, and the shape of the cut: a raster is a grid of one row."""
+        side = self.options.block
+        if self.options.blocks == "raster":
+            return (1, layout.patches), (1, -(-layout.patches // side**2))
+        return layout.grid, (-(-layout.grid[0] // side), -(-layout.grid[1] // side))
+
+    def _windows(self, layout: TokenLayout, device: torch.device) -> Windows:
+        a, b = self._cut(layout)[1]
+        raster = self.options.blocks == "raster"
+        return runs(layout, b, device) if raster else cut(layout, (a, b), device)
+
+    def _compress(self, x: Tensor, part: str, layout: TokenLayout, windows: Windows) -> Tensor:
+        """One token for each block of x [B, H, N, D]: [B, H, M, D]."""
+        if self.options.compress == "mean":
+            return windows.means(x)
+        (height, width), (a, b) = self._cut(layout)
+        learned: BlockMap = getattr(self, part)
+        return learned(x, windows, (-(-height // a), -(-width // b)))
+
+    def _probe(
+        self, q: Tensor, keys: Tensor, values: Tensor, windows: Windows, scale: float
+    ) -> tuple[Branch, Tensor]:
+        """The compressed branch of patch queries [B, H, P, D], and the blocks that they choose,
+        best first: [B, H, P, k].
+        """
+        o = self.options
+        found: list[tuple[Tensor, Tensor, Tensor]] = []
+        for rows, own in zip(q.split(ROWS, dim=2), windows.owner.split(ROWS), strict=True):
+            scores = (rows * scale) @ keys.transpose(-1, -2)
+            lse = scores.logsumexp(dim=-1, keepdim=True)
+            weights = scores.softmax(dim=-1)
+            importance = weights.detach()
+            if o.choice == "shared":
+                importance = importance.sum(dim=1, keepdim=True)
+            if o.own:
+                index = own[:, None].expand(*importance.shape[:3], 1)
+                importance = importance.scatter(-1, index, float("inf"))
+            chosen = best_indices(importance, o.k).expand(-1, q.shape[1], -1, -1)
+            found.append((weights @ values, lse, chosen))
+        out, lse, chosen = (torch.cat(x, dim=2) for x in zip(*found, strict=True))
+        return (out, lse), chosen
+
+    @outside_autocast
+    def reference(
+        self, q: Tensor, k: Tensor, v: Tensor, *, layout: TokenLayout, scale: float, **extra: Any
+    ) -> Tensor:
+        dtype = q.dtype
+        q, k, v = (x.contiguous() for x in working(q, k, v))
+        windows = self._windows(layout, q.device)
+        queries, special = split(q, layout)
+        (near_keys, seen_keys), (near_values, seen_values) = split(k, layout), split(v, layout)
+
+        small = self._compress(k, "key_map", layout, windows)
+        small_values = self._compress(v, "value_map", layout, windows)
+        whole, chosen = self._probe(queries, small, small_values, windows, scale)
+        rows, keys = windows.flag(queries, windows.split(k))
+        values = windows.split(v)
+        picked = [attend_experts(rows, keys, values, index, scale) for index in chosen.unbind(-1)]
+        grid, radius = self._cut(layout)[0], self._radius
+        near = attend_near(queries, near_keys, near_values, grid, radius, scale)
+
+        seen = [attend(queries, seen_keys, seen_values, scale)] if special.shape[2] else []
+        gates = self._gates(extra["x"], q.dtype, layout)  # [B, H, P, 3]
+        out = torch.zeros_like(near[0])
+        for number, branches in enumerate(([whole], picked, [near])):
+            out = out + gates[..., number, None] * merge([*branches, *seen])[0]
+        return join(out, attend(special, k, v, scale)[0], layout).to(dtype)
+
+    def _gates(self, x: Tensor, dtype: torch.dtype, layout: TokenLayout) -> Tensor:
+        patches = split(x, layout)[0].to(dtype)
+        logits = F.linear(patches, self.gate_weight.to(dtype), self.gate_bias.to(dtype))
+        # a third each where the learned part is zero
+        return (logits - math.log(2)).sigmoid().unflatten(2, (-1, 3)).transpose(1, 2)
+
+    @outside_autocast
+    def route(self, q: Tensor, k: Tensor, *, layout: TokenLayout, scale: float) -> Routing | None:
+        if self.site is None:
+            fresh = Nsa(self.options)
+            fresh.attach(SiteShape(q.shape[1], q.shape[3], layout))
+            return fresh.to(q.device).route(q, k, layout=layout, scale=scale)
+        q, k = (x.contiguous() for x in working(q, k))
+        windows = self._windows(layout, q.device)
+        small = self._compress(k, "key_map", layout, windows)
+        _, chosen = self._probe(split(q, layout)[0], small, small, windows, scale)
+        members = windows.index.masked_fill(~windows.inside, -1).expand(*q.shape[:2], -1, -1)
+        return Routing(*special_routing(members, chosen, layout))

@@ -1,0 +1,151 @@
+"""Nystrom attention: the softmax matrix from its columns and rows at m landmarks (Xiong et al.
+2021).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from mitaswap.errors import MitaswapError
+from mitaswap.mechanisms._base import MECHANISMS, Mechanism, Options
+from mitaswap.mechanisms._card import Card, Cost, SiteShape
+from mitaswap.operators.counting import attend_flops, product_flops
+from mitaswap.operators.experts import attend
+from mitaswap.operators.pool import landmarks, pool_shape, pool_tokens
+from mitaswap.operators.precision import outside_autocast, working
+from mitaswap.spec import Value
+from mitaswap.tokens import TokenLayout
+
+
+@dataclass(frozen=True)
+class NystromOptions(Options):
+    """Options of Nystrom attention.
+
+    Args:
+        m: number of landmarks; 49 for 197 tokens (64 in the paper, for 512 and more).
+        landmarks: `segments` averages m runs of the sequence, special tokens among them (the
+            paper); `windows` averages m windows of the patch grid.
+        inverse: `iterative` approximates the pseudoinverse by matrix products (the paper), and so
+            leaves the smallest singular values damped; `exact` inverts them, noise as well.
+        iterations: of `iterative`.
+        scaling: start of the iteration, A^T / (|A|_1 |A|_inf). The norms are each matrix's own in
+            the `paper`; in the `released` code the largest of the whole batch, so that an image's
+            output depends on the images beside it.
+    """
+
+    m: int = 49
+    landmarks: Literal["segments", "windows"] = "segments"
+    inverse: Literal["iterative", "exact"] = "iterative"
+    iterations: int = 6
+    scaling: Literal["paper", "released"] = "paper"
+
+
+@MECHANISMS.register("nystrom")
+class Nystrom(Mechanism):
+    """O = softmax(Q K~^T scale) pinv(A) softmax(Q~ K^T scale) V, A = softmax(Q~ K~^T scale).
+
+    Landmarks Q~, K~ [m, D] are means of queries and of keys over the same tokens. Exact for m = N.
+    Special tokens are queries and keys as all others; whether landmarks contain them is an option.
+    Where m does not divide the sequence, neighbouring segments share a token.
+
+    pinv(A) is Z after some iterations of Z <- Z (13 I - A Z (15 I - A Z (7 I - A Z))) / 4. The
+    paper's module adds a depth-wise convolution of V: `nystrom+dwc`.
+    """
+
+    options_type = NystromOptions
+    options: NystromOptions
+    card = Card(
+        strategy="compression",
+        expert_type="MLP",
+        expert_count="1 shared",
+        construction="landmark probing",
+        topology="all-to-one",
+        source="Xiong et al. 2021, arXiv 2102.03902, Alg. 1",
+        cost="N m d + m^3",
+        untrained="usable",
+    )
+    samples = (
+        {"m": 9},
+        {"m": 6, "landmarks": "windows", "iterations": 4},
+        {"m": 12, "inverse": "exact"},
+    )
+    axes = (("N", "m"),)
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset({"grid"} if self.options.landmarks == "windows" else ())
+
+    @property
+    def traits(self) -> frozenset[str]:  # type: ignore[override]
+        held = {"linear", "scaled"}
+        if self.options.inverse == "exact":
+            held |= {"averages"}
+        if self.options.inverse == "exact" or self.options.scaling == "paper":
+            held |= {"heads"}
+        if self.options.landmarks == "windows":
+            held |= {"special-set", "mirror"}
+        return frozenset(held)
+
+    @classmethod
+    def suggest(cls, layout: TokenLayout) -> dict[str, Value]:
+        few = layout.patches < 2 * NystromOptions.m
+        return {"m": max(1, layout.patches // 4)} if few else {}
+
+    def check(self, layout: TokenLayout, head_dim: int) -> None:
+        o = self.options
+        windows = o.landmarks == "windows"
+        most, of = (layout.patches, "patches") if windows else (layout.tokens, "tokens")
+        if not 1 <= o.m <= most:
+            raise MitaswapError(
+                f"{self.spec} needs 1 <= m <= {most} {of} (tokens {layout}); use "
+                f"m={min(max(o.m, 1), most)}"
+            )
+        if o.iterations < 1:
+            raise MitaswapError(f"{self.spec} needs iterations >= 1; use iterations=1")
+        if windows:
+            pool_shape(o.m, layout.grid)
+
+    def cost(self, site: SiteShape) -> Cost:
+        o, n, d, dv = self.options, site.layout.tokens, site.head_dim, site.value_dim
+        m = o.m
+        flops = 2 * attend_flops(n, m, d, dv)
+        flops += product_flops(m, d, m) + product_flops(m, m, dv)
+        if o.inverse == "iterative":
+            flops += 4 * o.iterations * product_flops(m, m, m)
+        return self._cost(site, flops, between=m * (2 * d + dv))
+
+    @outside_autocast
+    def reference(
+        self, q: Tensor, k: Tensor, v: Tensor, *, layout: TokenLayout, scale: float, **extra: Any
+    ) -> Tensor:
+        dtype = q.dtype
+        q, k, v = (x.contiguous() for x in working(q, k, v))
+        queries, keys = (self._landmarks(x, layout) for x in (q, k))  # Q~, K~ [B, H, m, D]
+        columns = ((q * scale) @ keys.transpose(-1, -2)).softmax(dim=-1)
+        core = ((queries * scale) @ keys.transpose(-1, -2)).softmax(dim=-1)
+        values, _ = attend(queries, k, v, scale)
+        return (columns @ (self._inverse(core) @ values)).to(dtype)
+
+    def _landmarks(self, x: Tensor, layout: TokenLayout) -> Tensor:
+        if self.options.landmarks == "windows":
+            return landmarks(x, layout, self.options.m)
+        return pool_tokens(x, 0, (1, layout.tokens), (1, self.options.m))
+
+    def _inverse(self, core: Tensor) -> Tensor:
+        if self.options.inverse == "exact":
+            return torch.linalg.pinv(core)
+        # rows of a softmax sum to one: |A|_inf is 1, |A|_1 the largest sum of a column
+        norm = core.sum(dim=-2, keepdim=True).amax(dim=-1, keepdim=True)
+        if self.options.scaling == "released" and norm.numel():
+            norm = norm.amax()
+        inverse = core.transpose(-1, -2) / norm
+        one = torch.eye(core.shape[-1], dtype=core.dtype, device=core.device)
+        for _ in range(self.options.iterations):
+            product = core @ inverse
+            inner = 15 * one - product @ (7 * one - product)
+            inverse = inverse @ (13 * one - product @ inner) / 4
+        return inverse

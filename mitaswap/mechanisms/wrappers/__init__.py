@@ -1,0 +1,1 @@
+"""Wrappers, one file each: what can be put around any mechanism, `NAME(...)+WRAPPER(...)`."""

@@ -1,0 +1,91 @@
+"""A depth-wise convolution of the values, added to the output."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mitaswap.errors import MitaswapError
+from mitaswap.mechanisms._card import Cost, SiteShape
+from mitaswap.mechanisms._wrapper import WRAPPERS, Wrapper
+from mitaswap.operators.counting import depthwise_flops
+from mitaswap.operators.precision import outside_autocast, working
+from mitaswap.tokens import TokenLayout
+
+
+@dataclass(frozen=True)
+class DwcOptions:
+    """Options of the depth-wise convolution.
+
+    Args:
+        kernel: side of the kernel, odd: 3 as in MiTA, Agent and InLine attention; FLatten,
+            PolaFormer and BiFormer take 5.
+    """
+
+    kernel: int = 3
+
+
+@WRAPPERS.register("dwc")
+class Dwc(Wrapper):
+    """O + DWC(V): each channel of V is convolved over the patch grid (Han et al. 2023, Eq. 11).
+
+    Special tokens have no neighbours and get nothing.
+
+    Parameters:
+        weight [H * Dv, 1, kernel, kernel], bias [H * Dv]: channels head by head; they start at
+            zero, so that a fresh module changes nothing.
+    """
+
+    options_type = DwcOptions
+    options: DwcOptions
+    summary = "adds a depth-wise convolution of V over the patch grid; starts at zero"
+    samples = ({}, {"kernel": 5})
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        return self.inner.needs | {"grid"}
+
+    def check(self, layout: TokenLayout, head_dim: int) -> None:
+        super().check(layout, head_dim)
+        kernel = self.options.kernel
+        if kernel < 1 or kernel % 2 == 0:
+            raise MitaswapError(
+                f"{self.spec}: kernel={kernel} must be odd and at least 1, or the convolution is "
+                f"not centred; use kernel={max(kernel, 0) + 1}"
+            )
+
+    def build(self, site: SiteShape) -> None:
+        channels, kernel = site.heads * site.value_dim, self.options.kernel
+        self.weight = nn.Parameter(torch.zeros(channels, 1, kernel, kernel))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    @outside_autocast
+    def around(
+        self,
+        out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        layout: TokenLayout,
+        scale: float,
+        **extra: Any,
+    ) -> Tensor:
+        (values,) = working(v[:, :, layout.patch_slice])
+        batch, heads, _, dim = values.shape
+        image = values.transpose(2, 3).reshape(batch, heads * dim, *layout.grid)
+        weight, bias = self.weight.to(image.dtype), self.bias.to(image.dtype)
+        margin = self.options.kernel // 2
+        image = F.conv2d(image, weight, bias, padding=margin, groups=heads * dim)
+        added = image.view(batch, heads, dim, layout.patches).transpose(2, 3)
+        added = F.pad(added, (0, 0, layout.prefix, layout.suffix))
+        return (out + added).to(out.dtype)
+
+    def extra_cost(self, site: SiteShape) -> Cost:
+        channels, kernel = site.heads * site.value_dim, self.options.kernel
+        flops = depthwise_flops(site.layout.patches, channels, kernel)
+        return Cost(flops, channels * (kernel * kernel + 1))

@@ -1,0 +1,1 @@
+"""Independent transcriptions of the mechanisms' formulas, one file each."""

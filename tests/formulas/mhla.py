@@ -1,0 +1,137 @@
+"""MHLA, Zhang et al. 2026, Eq. 3 to 5: linear attention with summaries mixed block by block."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from formulas._case import BARE, BOTH, DEEP, PLAIN, TAIL, Case, Formula, Inputs, each_head
+from mitaswap import TokenLayout
+
+
+def stretched(values: list[Tensor], size: int) -> list[Tensor]:
+    """A row of values resized to `size`: linear between the cells' centres, flat beyond them."""
+    result = []
+    for i in range(size):
+        at = max((i + 0.5) * len(values) / size - 0.5, 0.0)
+        low = min(math.floor(at), len(values) - 1)
+        high, part = min(low + 1, len(values) - 1), at - low
+        result.append((1 - part) * values[low] + part * values[high])
+    return result
+
+
+def resized(cells: list[list[Tensor]], shape: tuple[int, int]) -> list[list[Tensor]]:
+    """A raster of tensors resized bilinearly: its rows, then its columns."""
+    rows = [stretched(row, shape[1]) for row in cells]
+    columns = [stretched([row[j] for row in rows], shape[0]) for j in range(shape[1])]
+    return [[columns[j][i] for j in range(shape[1])] for i in range(shape[0])]
+
+
+def to_raster(flat: Tensor, shape: tuple[int, int]) -> list[list[Tensor]]:
+    return [[flat[i * shape[1] + j] for j in range(shape[1])] for i in range(shape[0])]
+
+
+def mhla(
+    pool: tuple[int, int],
+    feature: str = "relu",
+    eps: float = 1e-6,
+    built: tuple[int, int] | None = None,
+    clipped: bool = True,
+    special: bool = True,
+    by_columns: bool = False,
+) -> Formula:
+    """Eq. 3 to 5.
+
+    Args:
+        pool: a x b blocks, M = a * b.
+        feature: phi, `relu` or `elu` + 1.
+        eps: of the normaliser.
+        built: blocks at the grid where the coefficients were made, if they were others.
+        clipped: whether coefficients stay within 0 and 1 (False: a control).
+        special: whether patches read special tokens (False: a control).
+        by_columns: coefficients transposed, those of a key block for the query blocks: a control.
+    """
+
+    def phi(row: Tensor) -> Tensor:
+        if feature == "relu":
+            return torch.stack([x if x > 0 else 0 * x for x in row])
+        return torch.stack([x + 1 if x > 0 else torch.exp(x) for x in row])
+
+    def coefficients(mixing: Tensor) -> Tensor:
+        c = mixing
+        if clipped:  # on every update of the parameter: the gradient does not see it
+            c = mixing + (mixing.detach().clip(0.0, 1.0) - mixing.detach())
+        if built is None or built == pool:
+            return c
+        read = [resized(to_raster(row, built), pool) for row in c]
+        rows = torch.stack([torch.stack([x for line in cells for x in line]) for cells in read])
+        asked = resized(to_raster(rows, built), pool)
+        return torch.stack([x for line in asked for x in line])
+
+    def formula(at: Inputs) -> Tensor:
+        (h, w), (a, b) = at.layout.grid, pool
+        blocks, c = a * b, coefficients(at.params["mixing"])
+        if by_columns:
+            c = c.T
+        owner: list[int | None] = [None] * at.layout.tokens  # None: a special token
+        for i in range(a):
+            for j in range(b):
+                for r in range(i * h // a, (i + 1) * h // a):
+                    for s in range(j * w // b, (j + 1) * w // b):
+                        owner[at.layout.prefix + r * w + s] = i * b + j
+
+        def head(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            queries = [phi(row * at.scale * math.sqrt(len(row))) for row in q]
+            keys = [phi(row) for row in k]
+            rows = []
+            for query, block in zip(queries, owner, strict=True):
+                top, below = torch.zeros_like(v[0]), torch.zeros_like(query[0])
+                for key, value, held in zip(keys, v, owner, strict=True):
+                    if block is None or (held is None and special):
+                        weight = torch.ones_like(below) / blocks
+                    elif held is None:
+                        continue
+                    else:
+                        weight = c[block, held]
+                    alike = (query * key).sum()
+                    top = top + weight * alike * value
+                    below = below + weight * alike
+                rows.append(top / (below + eps / blocks))
+            return torch.stack(rows)
+
+        return each_head(head, at.q, at.k, at.v)
+
+    return formula
+
+
+SMALL = TokenLayout(2, (3, 3), 1)
+CASES = [
+    Case("mhla(m=4)", mhla((2, 2)), SMALL),
+    Case("mhla(m=6)", mhla((2, 3)), PLAIN),
+    Case("mhla(m=3,pool=1x3)", mhla((1, 3)), BARE, scale=0.8),
+    Case("mhla(m=3,pool=3x1,eps=0.5)", mhla((3, 1), eps=0.5), SMALL, 24),
+    Case("mhla(m=4,feature=elu)", mhla((2, 2), "elu"), DEEP, scale=0.2),
+    Case("mhla(m=8,pool=2x4,start=released)", mhla((2, 4)), TAIL),
+    Case("mhla(m=1)", mhla((1, 1)), SMALL, 72),
+    Case("mhla(m=9,start=uniform)", mhla((3, 3)), SMALL),
+    Case("mhla(m=4)", mhla((2, 2), built=(2, 2)), SMALL, built=TokenLayout(2, (5, 4), 1)),
+    Case("mhla(m=6)", mhla((2, 3), built=(3, 2)), PLAIN, built=TokenLayout(1, (5, 3))),
+    Case(
+        "mhla(m=8,feature=elu)",
+        mhla((2, 4), "elu", built=(4, 2)),
+        TokenLayout(0, (2, 5)),
+        built=TokenLayout(0, (7, 3)),
+    ),
+    Case("mhla(m=4)", mhla((2, 2)), SMALL, 8, 0.25, "constant"),
+]
+
+#: a mechanism beside a formula that differs from its own in one detail
+NEAR_MISSES = {
+    "blocks transposed": Case("mhla(m=8,pool=2x4)", mhla((4, 2)), BOTH),
+    "coefficients not clipped": Case("mhla(m=4)", mhla((2, 2), clipped=False), SMALL),
+    "coefficients transposed": Case("mhla(m=6)", mhla((2, 3), by_columns=True), PLAIN),
+    "no special keys": Case("mhla(m=6)", mhla((2, 3), special=False), PLAIN),
+    "elu for relu": Case("mhla(m=6)", mhla((2, 3), "elu"), PLAIN),
+}

@@ -1,0 +1,131 @@
+"""Nystromformer, Xiong et al. 2021, Sec. 3.2 and Eq. 11."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from formulas._case import BARE, BOTH, DEEP, TAIL, Case, Formula, Inputs, windows
+from mitaswap import TokenLayout
+
+Marks = Callable[[Tensor, TokenLayout], Tensor]
+
+
+def segments(count: int) -> Marks:
+    """Means over runs of the whole sequence."""
+
+    def means(tokens: Tensor, layout: TokenLayout) -> Tensor:
+        n, rows = len(tokens), []
+        for i in range(count):
+            first, end = math.floor(i * n / count), math.ceil((i + 1) * n / count)
+            rows.append(tokens[first:end].sum(0) / (end - first))
+        return torch.stack(rows)
+
+    return means
+
+
+def tiles(pool: tuple[int, int]) -> Marks:
+    """Means over windows of the patch grid."""
+    return lambda tokens, layout: windows(tokens, layout.prefix, layout.grid, pool)
+
+
+def softmax_rows(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
+    rows = []
+    for query in queries:
+        logits = (keys * query).sum(1) * scale
+        mass = torch.exp(logits - logits.detach().max())
+        rows.append(mass / mass.sum())
+    return torch.stack(rows)
+
+
+def largest_column_sum(a: Tensor) -> Tensor:
+    return torch.stack([a[:, j].sum() for j in range(a.shape[1])]).max()
+
+
+def inverse(a: Tensor, norm: Tensor, iterations: int) -> Tensor:
+    """Eq. 11 from Z_0 = A^T / norm."""
+    one = torch.eye(len(a), dtype=a.dtype)
+    z = a.T / norm
+    for _ in range(iterations):
+        az = a @ z
+        z = z @ (13 * one - az @ (15 * one - az @ (7 * one - az))) / 4
+    return z
+
+
+def nystrom(
+    marks: Marks, iterations: int | None = 6, released: bool = False, plain_mean: bool = False
+) -> Formula:
+    """softmax(Q K~^T) Z softmax(Q~ K^T) V.
+
+    Args:
+        marks: landmarks Q~ of the queries and K~ of the keys.
+        iterations: of the inverse; None takes the exact one.
+        released: one norm in Z_0 for the whole batch.
+        plain_mean: Z = I / m, no inverse: a control.
+    """
+
+    def formula(at: Inputs) -> Tensor:
+        batch, heads = at.q.shape[:2]
+        places = [(b, h) for b in range(batch) for h in range(heads)]
+        queries = {at_: marks(at.q[at_], at.layout) for at_ in places}
+        keys = {at_: marks(at.k[at_], at.layout) for at_ in places}
+        cores = {at_: softmax_rows(queries[at_], keys[at_], at.scale) for at_ in places}
+        norms = {at_: largest_column_sum(cores[at_]) for at_ in places}
+        if released:
+            together = torch.stack(list(norms.values())).max()
+            norms = dict.fromkeys(places, together)
+
+        def head(b: int, h: int) -> Tensor:
+            core = cores[b, h]
+            if plain_mean:
+                z = torch.eye(len(core), dtype=core.dtype) / len(core)
+            elif iterations is None:
+                z = torch.linalg.inv(core)
+            else:
+                z = inverse(core, norms[b, h], iterations)
+            left = softmax_rows(at.q[b, h], keys[b, h], at.scale)
+            right = softmax_rows(queries[b, h], at.k[b, h], at.scale)
+            return left @ (z @ (right @ at.v[b, h]))
+
+        return torch.stack([torch.stack([head(b, h) for h in range(heads)]) for b in range(batch)])
+
+    return formula
+
+
+CASES = [
+    Case("nystrom(m=4)", nystrom(segments(4))),
+    Case("nystrom(m=5)", nystrom(segments(5)), TAIL, 24),
+    Case("nystrom(m=7)", nystrom(segments(7)), DEEP, scale=0.7),
+    Case("nystrom(m=5,iterations=3)", nystrom(segments(5), 3), BOTH, 72),
+    Case("nystrom(m=1)", nystrom(segments(1)), BARE),
+    Case("nystrom(m=15)", nystrom(segments(15)), BARE),
+    Case("nystrom(m=6,landmarks=windows)", nystrom(tiles((2, 3))), BOTH, scale=0.4),
+    Case("nystrom(m=6,landmarks=windows)", nystrom(tiles((2, 3))), DEEP, 24),
+    Case("nystrom(m=4,inverse=exact)", nystrom(segments(4), None), room=1e-8),
+    Case(
+        "nystrom(m=6,inverse=exact,landmarks=windows)",
+        nystrom(tiles((2, 3)), None),
+        TAIL,
+        scale=0.9,
+        room=1e-8,
+    ),
+    Case("nystrom(m=5,scaling=released)", nystrom(segments(5), released=True), BOTH),
+    Case(
+        "nystrom(m=6,iterations=2,landmarks=windows,scaling=released)",
+        nystrom(tiles((2, 3)), 2, released=True),
+        DEEP,
+        scale=0.8,
+    ),
+]
+
+#: a mechanism beside a formula that differs from its own in one detail
+NEAR_MISSES = {
+    "one iteration fewer": Case("nystrom(m=5,iterations=3)", nystrom(segments(5), 2)),
+    "the other initial norm": Case("nystrom(m=5)", nystrom(segments(5), released=True), BOTH),
+    "segments for windows": Case("nystrom(m=6,landmarks=windows)", nystrom(segments(6)), BOTH),
+    "exact inverse": Case("nystrom(m=5,iterations=3)", nystrom(segments(5), None)),
+    "no inverse": Case("nystrom(m=5)", nystrom(segments(5), plain_mean=True)),
+}

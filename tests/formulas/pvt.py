@@ -1,0 +1,114 @@
+"""PVT's spatial reduction, Wang et al. 2021, Eq. 2-3, and PVTv2's pooled one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from formulas._case import BARE, BOTH, DEEP, EVEN, PLAIN, TAIL, Case, Formula, Inputs, read, windows
+from mitaswap import TokenLayout
+
+
+def strided(
+    maps: Tensor, weight: Tensor, grid: tuple[int, int], r: int, counted: bool, transposed: bool
+) -> Tensor:
+    """Windows of r x r cells of maps [h * w, C]: their numbers times weight [r * r * C, C], over
+    the number of cells.
+    """
+    h, w = grid
+    channels, reduced = maps.shape[1], []
+    for top in range(0, h, r):
+        for left in range(0, w, r):
+            total, cells = torch.zeros_like(maps[0]), 0
+            for i in range(r):
+                for j in range(r):
+                    row, column = top + i, left + j
+                    if row >= h or column >= w:  # padded with zeros
+                        continue
+                    first = ((j * r + i) if transposed else (i * r + j)) * channels
+                    total = total + maps[row * w + column] @ weight[first : first + channels]
+                    cells += 1
+            reduced.append(total / (cells if counted else r * r))
+    return torch.stack(reduced)
+
+
+def pvt(
+    r: int = 2,
+    pooled: tuple[int, int] | None = None,
+    width: bool = False,
+    counted: bool = True,
+    transposed: bool = False,
+    special: bool = True,
+) -> Formula:
+    """softmax(Q SR(K)^T scale) SR(V), special tokens' keys and values unreduced beside.
+
+    Args:
+        r: side of the convolution's windows.
+        pooled: rows and columns of PVTv2's adaptive windows instead.
+        width: whether all heads' channels are mixed (the paper's W^S), not each head's own.
+        counted: False leaves windows at the edge weaker, as plain zero padding does: a control.
+        transposed: True reads the windows column by column: a control.
+        special: False leaves out the special tokens' own entries: a control.
+    """
+
+    def formula(at: Inputs) -> Tensor:
+        layout, heads = at.layout, at.q.shape[1]
+        first, end = layout.prefix, layout.prefix + layout.patches
+
+        def reduced(x: Tensor, name: str) -> list[Tensor]:
+            """Entries of each head of one batch element x [H, N, D]."""
+            if pooled:
+                return [windows(x[h], first, layout.grid, pooled) for h in range(heads)]
+            weight = at.params[name]
+            if width:
+                side_by_side = torch.cat([x[h, first:end] for h in range(heads)], dim=1)
+                whole = strided(side_by_side, weight[0], layout.grid, r, counted, transposed)
+                return list(whole.split(x.shape[2], dim=1))
+            return [
+                strided(x[h, first:end], weight[h], layout.grid, r, counted, transposed)
+                for h in range(heads)
+            ]
+
+        batches = []
+        for b in range(at.q.shape[0]):
+            keys, values = reduced(at.k[b], "key_reduction"), reduced(at.v[b], "value_reduction")
+            outputs = []
+            for h in range(heads):
+                own_keys, own_values = list(keys[h]), list(values[h])
+                for j in range(layout.tokens):
+                    if special and not first <= j < end:
+                        own_keys.append(at.k[b, h, j])
+                        own_values.append(at.v[b, h, j])
+                entries = torch.stack(own_keys), torch.stack(own_values)
+                factors = [at.scale] * len(own_keys)
+                outputs.append(torch.stack([read(row, *entries, factors) for row in at.q[b, h]]))
+            batches.append(torch.stack(outputs))
+        return torch.stack(batches)
+
+    return formula
+
+
+CASES = [
+    Case("pvt", pvt()),
+    Case("pvt", pvt(), TAIL, 24),
+    Case("pvt(r=3)", pvt(3), DEEP, 8, 0.7),
+    Case("pvt(r=1)", pvt(1), BARE),
+    Case("pvt(r=2)", pvt(), EVEN, 72),
+    Case("pvt(mix=width)", pvt(width=True), BOTH),
+    Case("pvt(mix=width,r=3)", pvt(3, width=True), DEEP, 24),
+    Case("pvt(reduction=pool)", pvt(pooled=(4, 7)), TokenLayout(1, (4, 9), 2)),
+    Case("pvt(reduction=pool,size=2)", pvt(pooled=(2, 2)), TAIL, scale=0.25),
+    Case("pvt(reduction=pool,size=3)", pvt(pooled=(3, 3)), DEEP, 24),
+    Case("pvt(r=2)", pvt(), BOTH, built=PLAIN),
+    Case("pvt(mix=width)", pvt(width=True), EVEN, built=PLAIN),
+    Case("pvt", pvt(), BARE, 8, 0.25, "constant"),
+]
+
+#: a mechanism beside a formula that differs from its own in one detail
+NEAR_MISSES = {
+    "plain zero padding": Case("pvt", pvt(counted=False)),
+    "windows read by columns": Case("pvt", pvt(transposed=True), EVEN),
+    "no special entries": Case("pvt", pvt(special=False), DEEP),
+    "disjoint windows": Case("pvt(reduction=pool,size=2)", pvt(pooled=(2, 1)), TAIL),
+    "one more window": Case("pvt(reduction=pool,size=2)", pvt(pooled=(3, 3)), DEEP),
+}
