@@ -5,7 +5,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 RUNS   ?= runs
 
-.PHONY: demo test gpu-test lint embedded bench-seam bench-cells bench-core clean
+.PHONY: demo test gpu-test lint embedded bench-seam bench-cells bench-core bench-memory clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -41,6 +41,9 @@ bench-cells: $(VENV)/installed
 
 bench-core: $(VENV)/installed
 	$(BIN)/python benchmarks/core.py
+
+bench-memory: $(VENV)/installed
+	$(BIN)/python benchmarks/memory.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info

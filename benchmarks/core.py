@@ -8,6 +8,7 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -35,9 +36,14 @@ def peak(spec: str, tokens: int) -> float:
     small, small_layout = tensors(64)
     with torch.inference_mode():
         part(*small, layout=small_layout)  # libraries load their own memory first
-        Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
-        before = _status("VmRSS")
-        part(q, k, v, layout=layout)
+        return resident(lambda: part(q, k, v, layout=layout))
+
+
+def resident(run: Callable[[], object]) -> float:
+    """MiB that a call adds to this process's resident memory at its peak (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    before = _status("VmRSS")
+    run()
     return (_status("VmHWM") - before) / 1024
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from safetensors.torch import load_file
 
 import mitaswap
 from mitaswap.checkpoint import KEY, open_network, trained_with
+from mitaswap.errors import MitaswapError
+from mitaswap.mechanisms import MECHANISMS, learned_numbers, mechanism
 from mitaswap.results import load_plan, load_provenance, load_rows
 from mitaswap.surgery import swapped_sites
 
@@ -48,17 +51,43 @@ def cells(directory: Path) -> list[tuple[str, str, str]]:
 
 
 def test_ls_fits_80_columns_and_cuts_no_word(cli: Command) -> None:
-    done = cli("ls")
+    done = cli("ls", "--all")
     assert (done.code, done.err) == (0, "")
     assert max(map(len, done.out.splitlines())) <= 80
     for word in (
-        *("standard", "linear", "agent(n=49)", "mita(m=25,k=25)"),
-        *("compression", "kernelization", "landmark probing", "all-to-one", "N-to-m"),
-        *("strategy", "count", "construction", "topology", "MLP", "1 shared"),
+        *("standard", "linear", "agent", "mita", "needs", "learned", "+dwc", "+window"),
+        *("several-to-one", "N-to-blocks", "light-weight", "finetuning", "SViTE", "ViT-5"),
+        *("compression", "kernelization", "probing", "all-to-one", "N-to-m"),
+        *("strategy", "count", "construction", "topology", "MLP", "shared"),
         *("variant: full | route-only | compress-only", "embedded models", "digits"),
         *("overlap: IoU", "matrix: Cross-mechanism matrix", "Wen et al. 2026"),
     ):
         assert word in done.out, word
+
+
+def test_ls_of_one_mechanism_tells_all_about_it(cli: Command) -> None:
+    done = cli("ls", "nsa")
+    assert (done.code, done.err) == (0, "")
+    assert max(map(len, done.out.splitlines())) <= 80
+    for word in ("Yuan et al. 2025", "needs", "q, k, v, grid, x", "usable", "parameters for 3"):
+        assert word in done.out, word
+    part = mechanism("nsa")
+    for option in fields(part.options):  # each with its meaning
+        line = next(x for x in done.out.splitlines() if x.strip().startswith(f"{option.name}:"))
+        assert len(line.split()) > 4, line
+
+
+@pytest.mark.parametrize("name", ["svite", "ViT-5", "vit5"])
+def test_what_is_no_mechanism_says_so(cli: Command, name: str) -> None:
+    done = cli("ls", name)
+    assert done.code == 2 and "is not an attention mechanism but" in done.err
+
+
+def test_ls_without_options_is_short(cli: Command) -> None:
+    short, full = cli("ls").out, cli("ls", "--all").out
+    assert "Sources" not in short and "SViTE" not in short and len(short) < len(full) / 1.5
+    for name in MECHANISMS.names():
+        assert f" {name} " in short
 
 
 @pytest.mark.parametrize(
@@ -158,6 +187,58 @@ def test_matrix_of_two_models(cli: Command, timm_dir: Path, own: Path, tmp_path:
     assert done.err.count("done: ") == 6
 
 
+FEW = ("--data", "digits", "--limit", "4", "--device", "cpu")
+
+
+@pytest.mark.parametrize("group", ["usable", "parameter-free", "untrained", "all"])
+def test_groups_of_mechanisms(cli: Command, timm_dir: Path, tmp_path: Path, group: str) -> None:
+    """Each with options that fit the model; nobody has to know them."""
+    cards = {name: cls.card for name, cls in MECHANISMS.items()}
+    expected = {
+        name
+        for name, card in cards.items()
+        if group == "all"
+        or (group != "parameter-free" and card.untrained == "usable")
+        or (group != "usable" and not learned_numbers(mechanism(name)))
+    }
+    done = cli("eval", timm_dir, *FEW, "--run", group, "-o", tmp_path / "run")
+    assert done.code == 0
+    rows = numbers(tmp_path / "run")
+    assert {row["mechanism"] for row in rows} == expected | {"standard"}
+    assert len(rows) == len({row["run_with"] for row in rows})
+
+
+def test_what_cannot_run_is_left_out_of_a_group_aloud(
+    cli: Command, timm_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check(self: Any, layout: Any, head_dim: int) -> None:
+        raise MitaswapError("topk: not today")
+
+    monkeypatch.setattr(MECHANISMS.get("topk"), "check", check)
+    with pytest.MonkeyPatch.context() as patch:
+        said: list[str] = []
+        patch.setattr("mitaswap.studies._groups.logger.warning", lambda t, *a: said.append(t % a))
+        done = cli("eval", timm_dir, *FEW, "--run", "usable", "-o", tmp_path / "run")
+    assert done.code == 0 and "topk" not in {row["mechanism"] for row in numbers(tmp_path / "run")}
+    assert len(said) == 1 and "is left out: topk: not today" in said[0]
+    done = cli("eval", timm_dir, *FEW, "--run", "topk", "-o", tmp_path / "one")  # asked for by name
+    assert done.code == 2 and "not today" in done.err
+
+
+def test_wrapped_mechanisms_are_measured(cli: Command, timm_dir: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = cli("eval", timm_dir, *FEW, "--run", "linear+dwc(kernel=5),linear,mita(m=4,k=4)+gate",
+               "-o", run)  # fmt: skip
+    assert done.code == 0
+    rows = {row["run_with"]: row for row in numbers(run)}
+    assert set(rows) == {"standard", "linear+dwc(kernel=5)", "linear", "mita(m=4,k=4)+gate"}
+    wrapped = rows["linear+dwc(kernel=5)"]
+    assert (wrapped["mechanism"], wrapped["dwc_kernel"]) == ("linear+dwc", 5)
+    assert wrapped["top1"] == rows["linear"]["top1"]  # its convolution starts at zero
+    assert wrapped["attn_gmacs"] > rows["linear"]["attn_gmacs"]
+    assert wrapped["param_count"] > rows["linear"]["param_count"]
+
+
 def test_columns_of_the_rows(cli: Command, own: Path, tmp_path: Path) -> None:
     cli("eval", own, *DIGITS, "--run", MITA, "-o", tmp_path / "run")
     (row,) = numbers(tmp_path / "run")
@@ -165,6 +246,10 @@ def test_columns_of_the_rows(cli: Command, own: Path, tmp_path: Path) -> None:
     assert row.pop("top1") == pytest.approx(100 * correct / 40)
     assert row.pop("top1_low") < row.pop("top1_high") and row.pop("top5") + row.pop("top5_err")
     assert row.pop("top1_err") == pytest.approx(100 - 100 * correct / 40) and row.pop("loss") > 0
+    card = MECHANISMS.get("mita").card
+    for field in fields(card):
+        assert row.pop(field.name) == getattr(card, field.name)
+    assert 0 < row.pop("attn_gmacs") < row.pop("gmacs")
     assert row == {
         "study": "matrix", "model": "own", "model_name": str(own),
         "arch": "vit_tiny_patch16_224", "trained_with": MITA,

@@ -509,5 +509,5 @@ def test_a_mechanism_without_options_asked_for_fits_a_small_model(tmp_path: Path
     plan = Plan({"tiny": name + "num_classes=10,pretrained=false)"}, DIGITS)
     rows = rows_of(plan, tmp_path / "run")
     assert [row["run_with"] for row in rows] == [
-        "standard", "linear", "agent(n=16)", "mita(m=16,k=16)",
+        "standard", "linear", "agent(n=16)", "mita(m=4,k=8)",
     ]  # fmt: skip

@@ -47,7 +47,11 @@ def evaluate(
     ] = None,
     run: Annotated[
         Optional[str],
-        typer.Option(help="Mechanisms to run every model with, comma separated, options allowed."),
+        typer.Option(
+            help="Mechanisms to run every model with, comma separated, options and wrappers "
+            "allowed: 'mita(m=25,k=25)+dwc'; or a group: usable (approximate softmax attention "
+            "without training), parameter-free, untrained (both), all."
+        ),
     ] = None,
     grid: Annotated[
         Optional[list[str]],

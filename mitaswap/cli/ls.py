@@ -2,64 +2,159 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from dataclasses import fields
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
-from mitaswap.cli._app import app
+import typer
+
+from mitaswap.cli._app import app, out
 from mitaswap.cli._tables import show
+
+if TYPE_CHECKING:
+    from mitaswap.mechanisms import Mechanism
 
 
 @app.command()
-def ls() -> None:
-    """List mechanisms, embedded models, data sets, statistics, studies and figures.
+def ls(
+    name: Annotated[
+        Optional[str], typer.Argument(help="A mechanism, to read all about it and its options.")
+    ] = None,
+    everything: Annotated[
+        bool,
+        typer.Option("--all", help="Also sources, all options, and what is no mechanism and why."),
+    ] = False,
+) -> None:
+    """List mechanisms, wrappers, embedded models, data sets, statistics, studies and figures.
 
-    Example: `mitaswap ls`
+    Example: `mitaswap ls mita`
     """
-    from mitaswap.data import SETS
-    from mitaswap.figures import FIGURES
-    from mitaswap.mechanisms import MECHANISMS, mechanism
-    from mitaswap.models.embedded import embedded_names
-    from mitaswap.stats import STATISTICS
-    from mitaswap.studies import STUDIES
+    from mitaswap.mechanisms import MECHANISMS, OUTSIDE, WRAPPERS, mechanism
 
+    if name is not None:
+        _one(mechanism(name))
+        return
     known = dict(MECHANISMS.items())
-    cards = {name: cls.card for name, cls in known.items()}
     show(
         "Mechanisms (the five dimensions of the MiTA paper's Tab. 1)",
         {
             "mechanism": "words", "strategy": "text", "expert type": "text",
-            "count": "text", "construction": "words", "topology": "words",
+            "count": "text", "construction": "text", "topology": "text",
         },
         [
-            (name, c.strategy, c.expert_type, c.expert_count, c.construction, c.topology)
-            for name, c in cards.items()
+            (n, c.strategy, c.expert_type, c.expert_count, c.construction, c.topology)
+            for n, c in ((n, cls.card) for n, cls in known.items())
         ],
     )  # fmt: skip
     show(
-        "Where they come from",
-        {"call string": "words", "operations": "words", "honours too": "text", "source": "text"},
+        "In a pretrained model (learned: parameters of its own; needs: besides q, k, v)",
+        {
+            "mechanism": "words", "untrained": "text", "learned": "text", "needs": "text",
+            "honours": "text", "operations": "text",
+        },
+        [_running(mechanism(n)) for n in known],
+    )  # fmt: skip
+    show(
+        "Wrappers, behind any mechanism: 'mita(m=25,k=25)+dwc+gate'",
+        {"wrapper": "words", "options": "text", "what it does": "text"},
         [
-            (
-                mechanism(name).spec,
-                cls.card.cost,
-                ", ".join(sorted(cls.supports)) or "nothing",
-                cls.card.source,
-            )
-            for name, cls in known.items()
+            (f"+{n}", ", ".join(_option(f) for f in fields(w.options_type)) or "none", w.summary)
+            for n, w in WRAPPERS.items()
         ],
     )
+    if everything:
+        show(
+            "Sources",
+            {"mechanism": "words", "paper": "text"},
+            [(n, cls.card.source) for n, cls in known.items()],
+        )
+        show(
+            "Options",
+            {"mechanism": "words", "option": "text", "default": "words"},
+            [
+                (None if number else n, _option(entry, default=False), _shown(entry.default))
+                for n, cls in known.items()
+                for number, entry in enumerate(fields(cls.options_type))
+            ],
+        )
+        show(
+            "Compared with them in papers, but no mechanisms",
+            {"name": "words", "what it is": "text"},
+            list(OUTSIDE.items()),
+        )
+    _others()
+    out.print("All about one: mitaswap ls NAME. Everything: mitaswap ls --all.", markup=False)
+
+
+def _running(part: Mechanism) -> tuple[str, ...]:
+    from mitaswap.mechanisms import learned_numbers
+
+    card, needs = part.card, sorted(part.needs)
+    return (
+        part.name,
+        card.untrained,
+        "yes" if learned_numbers(part) else "nothing",
+        ", ".join(needs) or "nothing",
+        ", ".join(sorted(part.supports)) or "nothing",
+        card.cost,
+    )
+
+
+def _one(part: Mechanism) -> None:
+    """All about one mechanism, as it is configured."""
+    from mitaswap.mechanisms import MECHANISMS, learned_numbers
+
+    cls = MECHANISMS.get(part.spec.name)
+    wrapped = f" (inside {part.spec})" if part.spec.wrappers else ""
+    out.print(f"{cls.name}{wrapped}", style="bold", markup=False)
+    out.print(_flowing(cls.__doc__ or ""), markup=False, highlight=False)
+    card, learned = cls.card, learned_numbers(part)
+    show(
+        "",
+        {"about": "text", "": "text"},
+        [
+            *((f.name.replace("_", " "), getattr(card, f.name)) for f in fields(card)),
+            ("needs", ", ".join(["q, k, v", *sorted(part.needs)])),
+            ("honours", ", ".join(sorted(part.supports)) or "no bias, mask or dropout"),
+            ("learned", f"{learned:,} parameters for 3 heads of 64 at 1 + 14x14 tokens"),
+        ],
+    )
+    about = _described(cls.options_type)
     show(
         "Options",
-        {"mechanism": "words", "option": "text", "default": "words"},
+        {"option": "text", "default": "words", "meaning": "text"},
         [
-            (
-                None if number else name,
-                f"{entry.name}: {_kind(str(entry.type))}",
-                str(entry.default).lower() if entry.default is None else entry.default,
-            )
-            for name, cls in known.items()
-            for number, entry in enumerate(fields(cls.options_type))
+            (_option(entry, default=False), _shown(entry.default), about.get(entry.name, ""))
+            for entry in fields(cls.options_type)
         ],
     )
+
+
+def _flowing(docstring: str) -> str:
+    """A docstring whose paragraphs are lines, for terminals of any width."""
+    paragraphs = inspect.cleandoc(docstring).split("\n\n")
+    return "\n\n".join(re.sub(r"\n(?! )", " ", text) for text in paragraphs)
+
+
+def _described(options: type) -> dict[str, str]:
+    """The meaning of every option, from the docstrings of its class and of the classes above."""
+    found: dict[str, str] = {}
+    entries = re.compile(r"^ {4}(\w+): (.*?)(?=^ {4}\w+: |\Z)", re.DOTALL | re.MULTILINE)
+    for cls in reversed(options.__mro__):
+        text = inspect.cleandoc(cls.__doc__ or "").partition("Args:")[2]
+        for name, meaning in entries.findall(text):
+            found[name] = " ".join(meaning.split())
+    return found
+
+
+def _others() -> None:
+    from mitaswap.data import SETS
+    from mitaswap.figures import FIGURES
+    from mitaswap.models.embedded import embedded_names
+    from mitaswap.stats import STATISTICS
+    from mitaswap.studies import STUDIES
+
     sets = [name for name, source in SETS.items() if source.embedded]
     others = "DIRECTORY of class folders, FILE.parquet, torch/NAME, hfds/NAME, wds/NAME (timm's)"
     show(
@@ -75,5 +170,12 @@ def ls() -> None:
     )
 
 
-def _kind(annotation: str) -> str:
-    return annotation.replace("Literal[", "").rstrip("]").replace("'", "").replace(", ", " | ")
+def _option(entry: Any, default: bool = True) -> str:
+    """`name: int = 4`, or the words that can be chosen."""
+    kind = str(entry.type).replace("Literal[", "").rstrip("]").replace('"', "").replace("'", "")
+    kind = kind.replace(", ", " | ")
+    return f"{entry.name}: {kind} = {_shown(entry.default)}" if default else f"{entry.name}: {kind}"
+
+
+def _shown(default: object) -> str:
+    return str(default).lower() if default is None or isinstance(default, bool) else str(default)

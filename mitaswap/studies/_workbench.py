@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
@@ -14,12 +14,14 @@ import torch
 from mitaswap.checkpoint import fingerprint, restore_extras, saved_recipe, trained_with
 from mitaswap.errors import MitaswapError
 from mitaswap.evaluation import Images, OnImages, measure, open_seeded, place
-from mitaswap.mechanisms import mechanism
+from mitaswap.mechanisms import Mechanism, mechanism
 from mitaswap.models import Network
 from mitaswap.results import Row
 from mitaswap.spec import Recipe, Spec
 from mitaswap.studies._base import Plan, What
+from mitaswap.studies._cost import body_flops, cores_cost
 from mitaswap.surgery import Handle, Site, swap, swapped_sites, walk
+from mitaswap.tokens import TokenLayout
 
 
 class Workbench:
@@ -33,6 +35,7 @@ class Workbench:
         self._sites: dict[str, list[Site]] = {}
         self._tried: set[tuple[str, tuple[str, ...]]] = set()
         self._scores: dict[tuple[str, Recipe], Row] = {}
+        self._bodies: dict[str, int] = {}
         self._placed: str | None = None
         for label in plan.models:
             self.images.check(self.network(label))
@@ -53,6 +56,12 @@ class Workbench:
         """Paths of all attention sites, in the order of the forward pass."""
         self.network(label)
         return [site.path for site in self._sites[label]]
+
+    def layouts(self, label: str) -> list[TokenLayout]:
+        """Token layouts of the sites that can be swapped, the smallest grid first."""
+        self.network(label)
+        found = {s.layout for s in self._sites[label] if s.swappable and s.layout is not None}
+        return sorted(found, key=lambda layout: (min(layout.grid), layout.patches))
 
     def saved(self, label: str) -> What | None:
         """What the network was converted to, where that is not what it was trained with."""
@@ -108,6 +117,17 @@ class Workbench:
             swap(network.module, recipe, example=network.example(2), sites=sites).undo()
             self._tried.add(kind)
 
+    def _gmacs(self, label: str, parts: Mapping[str, Mechanism]) -> Row:
+        """10^9 multiply-adds per image, as timm and most papers count, of the whole network and of
+        the attention cores; nothing where a mechanism does not tell its cost.
+        """
+        try:
+            cores = cores_cost(parts, self._sites[label]).flops
+        except NotImplementedError:
+            return {"gmacs": None, "attn_gmacs": None}
+        whole = self._bodies[label] + cores
+        return {"gmacs": round(whole / 2e9, 4), "attn_gmacs": round(cores / 2e9, 4)}
+
     @contextmanager
     def swapped(self, label: str, what: What) -> Iterator[tuple[Network, Handle]]:
         """The network on the device with other attention, put back afterwards."""
@@ -117,6 +137,8 @@ class Workbench:
         place(network.module, self.settings)
         self._placed = label
         recipe, sites = self._recipe(label, what), self._sites[label]
+        if label not in self._bodies:  # while the network is as its library made it
+            self._bodies[label] = body_flops(network, sites)
         with torch.random.fork_rng(devices=[]):
             # learned parts that were not trained are drawn from the seed alone
             torch.manual_seed(self.settings.seed)
@@ -133,8 +155,13 @@ class Workbench:
             decoded = self.images.decoded(self.network(label))
             with self.swapped(label, what) as (network, _):
                 parameters = sum(p.numel() for p in network.module.parameters())
+                multiply_adds = self._gmacs(label, swapped_sites(network.module))
                 scores = measure(network, decoded, self.settings, on_images)
-            self._scores[key] = {"param_count": round(parameters / 1e6, 3), **scores}
+            self._scores[key] = {
+                "param_count": round(parameters / 1e6, 3),
+                **multiply_adds,
+                **scores,
+            }
         else:
             on_images(len(self.images.set))
         return {**with_what, **self._scores[key]}
@@ -180,8 +207,9 @@ def _columns(what: What, layers: str) -> Row:
     where = "; ".join(pattern for pattern, _ in rules)
     if len({part.spec for part in parts}) > 1:
         return {"run_with": run_with, "mechanism": "several", "layers": where}
-    options = {f.name: getattr(parts[0].options, f.name) for f in fields(parts[0].options)}
-    return {"run_with": run_with, "mechanism": parts[0].name, **options, "layers": where}
+    part, card = parts[0], parts[0].card
+    known = {"run_with": run_with, "mechanism": part.family, **part.settings, "layers": where}
+    return {**known, **{f.name: getattr(card, f.name) for f in fields(card)}}
 
 
 def _as_saved(network: Network, paths: list[str]) -> list[str]:

@@ -14,6 +14,7 @@ from mitaswap.mechanisms import MECHANISMS, mechanism
 from mitaswap.results import Row
 from mitaswap.spec import Spec, Value
 from mitaswap.studies._base import STUDIES, Cell, Plan, What, cell_key
+from mitaswap.studies._groups import GROUPS
 from mitaswap.studies._workbench import Workbench
 
 logger = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ def grid(plan: Plan, bench: Workbench) -> Iterator[Cell]:
     """
     if not plan.grid:
         return
-    specs = [mechanism(spec).spec for spec in plan.run]
+    specs = [mechanism(spec).spec for spec in plan.run if spec.name not in GROUPS]
     swept = [(spec, names) for spec in specs if (names := _options_of(spec, plan))]
     if specs and not swept:
         raise _no_such_axis(plan, specs[0])

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from mitaswap.mechanisms import MECHANISMS, mechanism
 from mitaswap.results import Row
-from mitaswap.spec import Spec
 from mitaswap.studies._base import STUDIES, Cell, Plan, What, cell_key
+from mitaswap.studies._groups import expanded, fitted
 from mitaswap.studies._workbench import Workbench
 
 #: what is run when nothing was asked for
@@ -21,9 +20,9 @@ def matrix(plan: Plan, bench: Workbench) -> Iterator[Cell]:
     """
     for label in plan.models:
         own, saved = bench.own(label), bench.saved(label)
-        specs = [mechanism(spec).spec for spec in plan.run]
+        specs = expanded(bench, label, plan.run)
         if not (plan.run or plan.grid or plan.stats):
-            specs = [_fitted(bench, label, mechanism(name).spec) for name in DEFAULT_RUN]
+            specs = [fitted(bench, label, name) for name in DEFAULT_RUN]
         for what in dict.fromkeys([own, *([saved] if saved else []), *specs]):
             bench.check(label, what)
             yield Cell(
@@ -32,17 +31,6 @@ def matrix(plan: Plan, bench: Workbench) -> Iterator[Cell]:
                 images=len(bench.images.set),
                 compute=_compute(bench, label, what),
             )
-
-
-def _fitted(bench: Workbench, label: str, spec: Spec) -> Spec:
-    """A mechanism nobody gave options for, with fewer experts and keys where the model is small."""
-    names = dict(MECHANISMS.get(spec.name).axes).values()
-    for side in range(10, 0, -1):
-        smaller = {name: min(int(str(spec.options[name])), side * side) for name in names}
-        fitted = mechanism(spec.with_options(**smaller)).spec
-        if bench.fits(label, fitted):
-            return fitted
-    return spec
 
 
 def _compute(bench: Workbench, label: str, what: What) -> Callable[..., list[Row]]:

@@ -1,0 +1,105 @@
+"""Peak memory of every mechanism over the number of tokens, on the CPU, each size in a process of
+its own, and how it grows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+
+import torch
+from core import DIM, HEADS, resident
+from rich.console import Console
+from rich.table import Table
+from timing import write_rows
+
+from mitaswap import Spec, TokenLayout, mechanism
+from mitaswap.mechanisms import MECHANISMS, Mechanism
+
+#: options for long sequences where the defaults are counts of blocks: blocks of one size instead
+LONG = {
+    "bra": lambda n: {"n": n // 64, "k": 4},
+    "moba": lambda n: {"n": n // 64, "k": 4},
+    "pvt": lambda n: {"reduction": "pool", "size": 16},
+    "dat": lambda n: {"stride": math.isqrt(n) // 16},
+    "reformer": lambda n: {"buckets": 64},
+}
+
+
+def spec_of(name: str, tokens: int) -> Spec:
+    """The mechanism as it is benchmarked at a length."""
+    side = math.isqrt(tokens)
+    options = LONG.get(name, lambda n: MECHANISMS.get(name).suggest(TokenLayout(0, (side, side))))
+    return mechanism(Spec(name, options(tokens))).spec
+
+
+def peak(spec: Spec, tokens: int) -> float:
+    """MiB that one forward adds at its peak to the memory of this very process (Linux)."""
+    side = math.isqrt(tokens)
+    layout = TokenLayout(0, (side, side))
+    part = mechanism(spec)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, HEADS, tokens, DIM, generator=generator) for _ in range(3))
+    extra = {"x": torch.randn(1, tokens, HEADS * DIM)} if "x" in part.needs else {}
+    _warm(part)
+    with torch.inference_mode():
+        return resident(lambda: part(q, k, v, layout=layout, **extra))
+
+
+def _warm(part: Mechanism) -> None:
+    """A first call of the same code at a small size: libraries load what they need."""
+    layout = TokenLayout(0, (16, 16))
+    small = mechanism(Spec(part.name, type(part).suggest(layout)))
+    q = torch.randn(1, HEADS, layout.tokens, DIM)
+    extra = {"x": torch.randn(1, layout.tokens, HEADS * DIM)} if "x" in small.needs else {}
+    with torch.inference_mode():
+        small(q, q, q, layout=layout, **extra)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 16384])
+    parser.add_argument("--only", nargs="+", help="names of mechanisms")
+    parser.add_argument("--peak", nargs=2, metavar=("SPEC", "N"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.peak:
+        print(json.dumps(peak(Spec.parse(args.peak[0]), int(args.peak[1]))))
+        return
+    first, last = args.tokens[0], args.tokens[-1]
+    own = 4 * HEADS * last * DIM * 4 / 2**20
+    table = Table(
+        title=f"MiB added at the peak, B=1, H={HEADS}, d={DIM}, float32 (at N={last:,} q, k, v and "
+        f"output are {own:.0f}, one N x N matrix of one head {last**2 * 4 / 2**20:,.0f})"
+    )
+    table.add_column(f"mechanism (options at N={last:,})")
+    for tokens in args.tokens:
+        table.add_column(f"N={tokens:,}", justify="right")
+    table.add_column(f"x {last // first} tokens: x memory", justify="right")
+    table.add_column("looks at all pairs")
+    rows = []
+    for name in args.only or MECHANISMS.names():
+        found = []
+        for tokens in args.tokens:
+            spec = spec_of(name, tokens)
+            command = [sys.executable, __file__, "--peak", str(spec), str(tokens)]
+            found.append(float(json.loads(subprocess.check_output(command))))
+            rows.append(
+                {
+                    "benchmark": "memory",
+                    "variant": str(spec),
+                    "mechanism": name,
+                    "tokens": tokens,
+                    "peak_mib": round(found[-1], 1),
+                }
+            )
+        pairs = "yes" if "every-pair" in mechanism(spec).traits else ""
+        growth = f"{found[-1] / found[0]:.1f}"
+        table.add_row(str(spec), *(f"{value:,.0f}" for value in found), growth, pairs)
+    Console().print(table, f"rows: {write_rows('memory', rows)}")
+
+
+if __name__ == "__main__":
+    main()
