@@ -18,7 +18,10 @@ from matplotlib.patches import Rectangle
 from mitaswap.figures import DARK, FIGURES, LIGHT, Chart, Theme
 from mitaswap.figures._base import distinct, stem, wrap
 from mitaswap.figures._heatmap import border
-from mitaswap.figures._numbers import repeats, same_spec, sweeps
+from mitaswap.figures._labels import spread
+from mitaswap.figures._numbers import repeats, same_spec
+from mitaswap.figures._sweeps import sweeps
+from mitaswap.figures.pareto import front
 
 HERE = {"data": "imagenet-1k", "split": "val", "images": 50000}
 MITA = "mita(m=25,k=25)"
@@ -106,6 +109,59 @@ def overlap_rows() -> list[dict]:
         for layer, (mean, low, high) in enumerate(FIG_5)
         for head in range(3)
     ]
+
+
+BOTH = "compression & routing"
+# run with, strategy, GMACs of the attention cores, top-1, needs finetuning; the own is standard.
+SWAPS = [
+    ("linear", "compression", 0.06, 4.0, True),
+    ("standard", "none (N-wide MLP)", 0.18, 80.0, False),
+    ("dat", "routing", 0.05, 8.0, False),
+    ("moba(n=14)", "routing", 0.046, 72.0, False),
+    (f"{MITA}+dwc", BOTH, 0.1, 64.0, False),
+    ("topk(k=100)", "routing", 0.13, 79.2, False),
+    ("performer", "compression", 0.5, 6.0, True),
+    ("nsa", BOTH, 0.17, 76.0, False),
+]
+BODY = 1.08  # GMACs of the rest of the network
+
+
+def swap_rows(model: str = "ViT-M", size: float = 1.0, **columns: Any) -> list[dict]:
+    """One model with many mechanisms, whose rows say what they cost and how they save it."""
+    return [
+        {
+            **HERE,
+            "study": "matrix",
+            "model": model,
+            "trained_with": "standard",
+            "run_with": run,
+            "mechanism": run.replace("(m=25,k=25)", "").partition("(")[0],
+            "top1": top1,
+            "top1_low": top1 - 2.0,
+            "top1_high": top1 + 1.0,
+            "gmacs": size * (BODY + cores),
+            "attn_gmacs": size * cores,
+            "param_count": 5.7,
+            "strategy": strategy,
+            "untrained": "needs finetuning" if finetune else "usable",
+            **columns,
+        }
+        for run, strategy, cores, top1, finetune in SWAPS
+    ]
+
+
+def without(rows: list[dict], *columns: str) -> list[dict]:
+    return [{k: v for k, v in row.items() if k not in columns} for row in rows]
+
+
+def many_rows(count: int) -> list[dict]:
+    """One model with `count` mechanisms, some of them close to each other."""
+    costs = np.round(0.02 * 30 ** (np.sin(np.arange(count)) ** 2), 4)
+    return [
+        {**row, "run_with": f"topk(k={i})", "attn_gmacs": cost, "gmacs": BODY + cost, "top1": top1}
+        for i, cost in enumerate(costs)
+        for row, top1 in [(swap_rows()[0], 80 * abs(np.cos(i // 2)))]
+    ] + swap_rows()[1:2]
 
 
 def chart(name: str) -> Chart:
@@ -290,6 +346,45 @@ def test_later_rows_replace_earlier_ones_and_are_counted() -> None:
     assert repeats(table) == 1 and repeats(pd.DataFrame(grid_rows())) == 0
 
 
+def wrapped(kernel: int, tail: str) -> list[dict]:
+    """The grid of MiTA inside a convolution, as the study writes it."""
+    rows = grid_rows(f"{MITA}+dwc", mechanism="mita+dwc", dwc_kernel=kernel)
+    return [{**row, "run_with": f"{row['run_with']}{tail}"} for row in rows]
+
+
+def test_training_cell_of_a_wrapped_mechanism_is_found() -> None:
+    (sweep,) = sweeps(pd.DataFrame(wrapped(3, "+dwc")))
+    assert (sweep.mechanism, sweep.training, sweep.baseline) == ("mita+dwc", (25, 25), 77.1)
+    stated = [
+        {**row, "trained_with": "mita(k=25,m=25)+dwc(kernel=3)"} for row in wrapped(3, "+dwc")
+    ]
+    assert sweeps(pd.DataFrame(stated))[0].training == (25, 25), "the default is stated"
+    other = [{**row, "trained_with": "mita(k=25,m=25)+dwc(kernel=5)"} for row in wrapped(3, "+dwc")]
+    assert sweeps(pd.DataFrame(other))[0].training is None
+    bare = [{**row, "trained_with": MITA} for row in wrapped(3, "+dwc")]
+    assert sweeps(pd.DataFrame(bare))[0].training is None, "trained without the wrapper"
+
+
+def test_sweeps_with_other_options_of_a_wrapper_are_not_mixed() -> None:
+    rows = [*wrapped(3, "+dwc"), *wrapped(5, "+dwc(kernel=5)")]
+    three, five = sweeps(pd.DataFrame(rows))
+    assert (three.fixed, five.fixed) == ({"dwc_kernel": 3}, {"dwc_kernel": 5})
+    assert (three.training, five.training) == ((25, 25), None)
+    plain, outer = sweeps(pd.DataFrame([*grid_rows(), *wrapped(3, "+dwc")]))
+    assert (plain.mechanism, outer.mechanism) == ("mita", "mita+dwc")
+
+
+def test_a_mechanisms_own_seed_is_not_that_of_the_run() -> None:
+    rows = [
+        {**row, "run_with": row["run_with"].replace(")", f",seed={seed})"), "mita_seed": seed}
+        for seed in (1, 2)
+        for row in grid_rows("mita(m=25,k=25,seed=2)", seed=0)
+    ]
+    one, two = sweeps(pd.DataFrame(rows))
+    assert (one.fixed, two.fixed) == ({"mita_seed": 1}, {"mita_seed": 2})
+    assert (one.training, two.training) == (None, (25, 25))
+
+
 @pytest.mark.parametrize("inset", [(0.0, 0.0), (0.1, 0.05)], ids=["on the border", "inside"])
 def test_border_of_a_set_of_cells_is_closed(inset: tuple[float, float]) -> None:
     # An L: one concave corner.
@@ -350,6 +445,229 @@ def test_many_models_are_stacked_not_squeezed() -> None:
     assert figure.axes[0].get_position().y0 > figure.axes[1].get_position().y1
 
 
+def test_a_matrix_of_many_mechanisms_is_ordered_and_dense() -> None:
+    rows = [*swap_rows(), *(r for m in "xy" for r in swap_rows(m, trained_with="dat"))]
+    extra = [{**rows[0], "run_with": f"topk(k={k})", "top1": 8.0 * k} for k in range(1, 8)]
+    figure = only(draw("matrix", [*rows, *extra]))
+    assert len(figure.axes) == 2, "no colour bars: each cell has its number"
+    names = [t.get_text() for t in figure.axes[0].get_yticklabels()]
+    assert names[:2] == ["standard", "dat"], "own mechanisms first"
+    (panel,) = chart("matrix").panels(pd.DataFrame([*rows, *extra]))
+    means = panel.data.groupby("Run with")["Retained (%)"].mean()
+    assert names[2:] == list(means.drop(["standard", "dat"]).sort_values(ascending=False).index)
+    assert len(names) == 15 and numbers(figure.axes[0])[0] == "80.0"
+    assert not any(t.get_visible() for t in figure.axes[1].get_yticklabels()), "names stand once"
+    lower = only(draw("matrix", swap_rows())).get_figheight() / len(SWAPS)
+    assert figure.get_figheight() / 15 < 0.8 * lower
+
+
+def test_numbers_of_a_heatmap_are_readable_on_their_cells() -> None:
+    ax = only(draw("grid", grid_rows())).axes[0]
+    mesh = ax.collections[0]
+    values = [value for row in FIG_7A.values() for value in row.values()]
+    for text, value in zip(ax.texts, values, strict=True):
+        cell = mpl.colors.to_hex(mesh.cmap(mesh.norm(value)))
+        assert contrast(mpl.colors.to_hex(text.get_color()), cell) >= 4.5
+
+
+# --- cost and ranking ---------------------------------------------------------------------------
+
+
+def pareto(rows: list[dict]) -> pd.DataFrame:
+    (panel,) = chart("pareto").panels(pd.DataFrame(rows))
+    return panel.data.set_index("Mechanism")
+
+
+def test_pareto_front_is_what_no_other_mechanism_beats() -> None:
+    data = pareto(swap_rows())
+    members = data.index[data["Pareto front"] == "yes"]
+    assert [*members] == ["standard", "topk(k=100)", "moba(n=14)"], "in the order of accuracy"
+    (panel,) = chart("pareto").panels(pd.DataFrame(swap_rows()))
+    assert (
+        "front from the cheapest: moba(n=14) (0.046 GMACs, 90.0%), topk(k=100) (0.13 GMACs, "
+        "99.0%), standard (0.18 GMACs, 100.0%)." in panel.alt
+    )
+
+
+def test_front_with_equal_points() -> None:
+    rng = np.random.default_rng(0)
+    cost, gain = rng.integers(0, 6, 40).astype(float), rng.integers(0, 6, 40).astype(float)
+    points = list(zip(cost, gain, strict=True))
+    expected = [
+        not any(c <= cost_ and g >= gain_ and (c, g) != (cost_, gain_) for c, g in points)
+        for cost_, gain_ in points
+    ]
+    assert front(cost, gain).tolist() == expected
+    assert front(np.array([1.0, 1.0]), np.array([2.0, 2.0])).tolist() == [True, True]
+
+
+def test_pareto_shows_cores_below_and_the_whole_network_above() -> None:
+    figure = only(draw("pareto", swap_rows()))
+    ax = figure.axes[0]
+    assert "attention cores\n(GMACs, multiply-adds × 10⁹)" in ax.get_xlabel()
+    (above,) = ax.child_axes
+    assert above.get_xlabel() == "Whole network (GMACs): 1.08 + cores"
+    below = [float(t.get_text()) for t in ax.get_xticklabels()]
+    sums = [float(t.get_text()) for t in above.get_xticklabels()]
+    assert len(below) >= 3 and sums == pytest.approx([BODY + x for x in below], abs=0.006)
+    data = pareto(swap_rows())
+    assert data.loc["dat", "Attention cores (GMACs)"] == 0.05
+    assert data.loc["dat", "Whole network (GMACs)"] == pytest.approx(1.13)
+    small = pareto(swap_rows(size=0.01))
+    assert small.loc["dat", "Attention cores (MMACs)"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("case", ["cores unknown", "another body"])
+def test_pareto_shows_the_whole_network_where_the_cores_cannot_be_told_apart(case: str) -> None:
+    rows = swap_rows()
+    rows[0] = {**rows[0], **({"attn_gmacs": None} if case == "cores unknown" else {"gmacs": 2.0})}
+    ax = only(draw("pareto", rows)).axes[0]
+    assert ax.get_xlabel() == "Cost of one image (GMACs, multiply-adds × 10⁹)"
+    assert ax.child_axes == []
+    assert pareto(rows).filter(like="cores").empty
+
+
+def test_pareto_intervals_are_in_percent_of_the_own_accuracy() -> None:
+    data = pareto(swap_rows())
+    kept = data.loc["topk(k=100)", ["95% from", "Retained (%)", "to"]]
+    assert [*kept] == pytest.approx([100 * v / 80 for v in (77.2, 79.2, 80.2)])
+    ax = only(draw("pareto", swap_rows())).axes[0]
+    bars = [
+        np.asarray(line.get_data(), dtype=float)
+        for line in ax.lines
+        if len(line.get_data()[0]) == 2
+    ]
+    assert any(np.allclose(bar, [[0.13, 0.13], [96.5, 100.25]]) for bar in bars)
+
+
+def test_every_point_has_its_rank_beside_it_and_in_the_list() -> None:
+    ax, side = only(draw("pareto", swap_rows())).axes
+    ranks = [str(rank) for rank in range(1, len(SWAPS) + 1)]
+    assert sorted(numbers(ax)) == ranks
+    listed = numbers(side)
+    assert listed[:6] == ["1", "standard", "100.0", "2", "topk(k=100)", "99.0"]
+    bold = [t.get_text() for t in ax.texts if t.get_fontweight() == "bold"]
+    assert bold == ["1", "2", "4"], "the front"
+    stars = [line for line in ax.lines if line.get_marker() == "*"]
+    assert [line.get_data() for line in stars] == [([0.18], [100.0])]
+
+
+def test_labels_of_thirty_points_neither_meet_nor_leave_the_plot() -> None:
+    ax = only(draw("pareto", many_rows(30))).axes[0]
+    figure = ax.figure
+    with mpl.rc_context(LIGHT.rc):
+        figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in ax.texts]
+    assert len(boxes) == 31
+    frame = ax.get_window_extent()
+    assert all(frame.x0 <= b.x0 and b.x1 <= frame.x1 for b in boxes)
+    assert all(frame.y0 <= b.y0 and b.y1 <= frame.y1 for b in boxes)
+    met = sum(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    assert met == 0
+
+
+def test_spread_puts_labels_near_and_apart() -> None:
+    grid = [[40.0 + 7 * i, 40.0 + 6 * j] for i in range(3) for j in range(4)]
+    points = np.array([*grid, [2.0, 2.0]])
+    sizes, box = np.full((13, 2), [14.0, 8.0]), np.array([[0.0, 0.0], [100.0, 100.0]])
+    centres = spread(points, sizes, box, np.full(13, 4.0), np.zeros((0, 2, 2)))
+    assert (centres >= [7, 4]).all() and (centres <= [93, 96]).all()
+    apart = (np.abs(centres[:, None] - centres[None]) / [14, 8]).max(axis=2)
+    assert (apart[~np.eye(13, dtype=bool)] >= 1).all()
+    assert (np.linalg.norm(centres - points, axis=1) < 40).all()
+
+
+@pytest.mark.parametrize(
+    ("rows", "ranking", "pareto"),
+    [
+        (swap_rows(), True, True),
+        (swap_rows()[:4], False, True),
+        (swap_rows()[:3], False, False),
+        (without(swap_rows(), "gmacs"), True, False),
+        (without(swap_rows(), "attn_gmacs", "param_count", "untrained"), True, True),
+        (without(swap_rows(), "strategy", "untrained"), False, False),
+        ([row for row in swap_rows() if row["run_with"] != "standard"], True, False),
+        (swap_rows(study="grid"), False, False),
+        (without(swap_rows(), "top1_low", "top1_high"), True, True),
+    ],
+    ids=str,
+)
+def test_ranking_and_pareto_apply_to_rows_that_say_enough(
+    rows: list[dict], ranking: bool, pareto: bool
+) -> None:
+    for name, expected in (("ranking", ranking), ("pareto", pareto)):
+        assert chart(name).applies(pd.DataFrame(rows)) == expected, name
+        for _, figure in draw(name, rows):
+            with mpl.rc_context(LIGHT.rc):
+                figure.canvas.draw()
+
+
+def test_ranking_is_sorted_with_the_own_accuracy_and_hollow_markers() -> None:
+    figure = only(draw("ranking", swap_rows()))
+    ax = figure.axes[0]
+    order = [run for run, *_ in sorted(SWAPS, key=lambda swap: -swap[3])]
+    assert [t.get_text() for t in ax.get_yticklabels()] == order
+    places = {place: run for place, run in zip(ax.get_yticks(), order, strict=True)}
+    dots = {places[line.get_ydata()[0]]: line for line in ax.lines if len(line.get_ydata()) == 1}
+    tops = {run: top1 for run, _, _, top1, _ in SWAPS}
+    assert {run: dot.get_xdata()[0] for run, dot in dots.items()} == tops
+    hollow = {r for r, dot in dots.items() if dot.get_markerfacecolor() != dot.get_color()}
+    assert hollow == {"linear", "performer"}
+    kinds: dict[str, set[tuple[str, str]]] = {}
+    for run, strategy, *_ in SWAPS:
+        if run != "standard":
+            kinds.setdefault(strategy, set()).add((dots[run].get_marker(), dots[run].get_color()))
+    assert [len(looks) for looks in kinds.values()] == [1, 1, 1], "one look per strategy"
+    assert len(set.union(*kinds.values())) == len({m for k in kinds.values() for m, _ in k}) == 3
+    assert dots["standard"].get_marker() == "*"
+    (line,) = [line for line in ax.lines if line.get_linestyle() == "--"]
+    assert [*line.get_xdata()] == [80.0, 80.0]
+    assert "its accuracy, 80.0%" in legend(figure) and "hollow: needs finetuning" in legend(figure)
+
+
+def test_what_a_model_was_trained_with_needs_no_finetuning() -> None:
+    rows = swap_rows(trained_with="linear")
+    (panel,) = chart("ranking").panels(pd.DataFrame(rows))
+    needs = panel.data.set_index("Mechanism")["Needs finetuning"]
+    assert (needs["linear"], needs["performer"], needs["dat"]) == ("no (own)", "yes", "no")
+    first = panel.data.iloc[0]
+    assert [first[c] for c in ("Rank", "Mechanism", "Top-1 (%)", "95% from", "to")] == [
+        *(1, "standard", 80.0, 78.0, 81.0)
+    ]
+    assert first["Retained (%)"] == pytest.approx(2000.0) and first["GMACs"] == pytest.approx(1.26)
+    dots = only(draw("ranking", rows)).axes[0].lines
+    (star,) = [dot for dot in dots if dot.get_marker() == "*"]
+    assert star.get_markerfacecolor() == star.get_color()
+
+
+def test_rows_of_unknown_strategy_are_ranked_with_the_others() -> None:
+    rows = [*swap_rows(), {**swap_rows()[0], "run_with": "0-5: a; *: b", "strategy": None}]
+    rows += [{**swap_rows()[0], "run_with": "own-idea", "strategy": "caching"}]
+    (panel,) = chart("ranking").panels(pd.DataFrame(rows))
+    assert len(panel.data) == len(rows)
+    names = legend(only(draw("ranking", rows)))
+    order = ["compression", "routing", BOTH, "caching", "strategy not stated"]
+    assert [name for name in names if name in order] == order
+
+
+def test_accuracy_leaves_out_what_the_ranking_shows() -> None:
+    assert not chart("accuracy").applies(pd.DataFrame(swap_rows()))
+    (panel,) = chart("accuracy").panels(pd.DataFrame([*swap_rows(), *matrix_rows()]))
+    assert set(panel.data["Model"]) == {row["model"] for row in matrix_rows()}
+    old = without(swap_rows(), "strategy", "untrained", "gmacs", "attn_gmacs")
+    assert len(chart("accuracy").panels(pd.DataFrame(old))[0].data) == len(SWAPS)
+
+
+def test_each_model_and_setting_has_panels_of_its_own() -> None:
+    rows = [*swap_rows("a"), *swap_rows("b"), *swap_rows("a", data="digits")]
+    for name in ("ranking", "pareto"):
+        stems = [f"{name}-{m}-{d}" for d, m in (("imagenet-1k-val", "a"), ("imagenet-1k-val", "b"))]
+        assert [panel.stem for panel in chart(name).panels(pd.DataFrame(rows))] == [
+            *stems,
+            f"{name}-a-digits-val",
+        ]
+
+
 # --- overlap and accuracy -----------------------------------------------------------------------
 
 
@@ -396,7 +714,7 @@ def test_accuracy_needs_intervals() -> None:
 
 # --- laws over all figures ----------------------------------------------------------------------
 
-EVERYTHING = [*matrix_rows(), *grid_rows(), *overlap_rows()]
+EVERYTHING = [*matrix_rows(), *grid_rows(), *overlap_rows(), *swap_rows()]
 
 
 @pytest.mark.parametrize("name", FIGURES.names())
@@ -419,17 +737,19 @@ def test_panels_and_drawings_go_together_and_leave_the_table_alone(name: str) ->
     pd.testing.assert_frame_equal(table, before)
 
 
+def luminance(colour: str) -> float:
+    rgb = np.array(mpl.colors.to_rgb(colour))
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    return float(linear @ [0.2126, 0.7152, 0.0722])
+
+
+def contrast(a: str, b: str) -> float:
+    low, high = sorted((luminance(a), luminance(b)))
+    return (high + 0.05) / (low + 0.05)
+
+
 @pytest.mark.parametrize("theme", [LIGHT, DARK], ids=lambda theme: theme.name)
 def test_text_is_readable_on_the_page(theme: Theme) -> None:
-    def luminance(colour: str) -> float:
-        rgb = np.array(mpl.colors.to_rgb(colour))
-        linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
-        return float(linear @ [0.2126, 0.7152, 0.0722])
-
-    def contrast(a: str, b: str) -> float:
-        low, high = sorted((luminance(a), luminance(b)))
-        return (high + 0.05) / (low + 0.05)
-
     assert contrast(theme.ink, theme.background) >= 7
     assert contrast(theme.muted, theme.background) >= 3
     for figure in (
@@ -479,7 +799,21 @@ def test_long_labels_break_but_stay_whole() -> None:
     assert max(map(len, wrap(label).split("\n"))) <= 24
 
 
+def test_long_labels_break_behind_a_sign() -> None:
+    assert (
+        wrap("linear(feature=softmax)+dwc(kernel=5)") == "linear(feature=softmax)+\ndwc(kernel=5)"
+    )
+    assert wrap("timm:vit_tiny_patch16_224", 18) == "timm:vit_tiny_\npatch16_224"
+    assert wrap("x" * 30, 12) == "x" * 12 + "\n" + "x" * 12 + "\n" + "x" * 6
+
+
 def test_specs_are_compared_by_meaning() -> None:
+    assert same_spec(
+        "mita(m=25,k=9)+dwc(kernel=5,bias=true)", "mita(k=9,m=25)+dwc(bias=true,kernel=5)"
+    )
+    assert not same_spec("mita(m=25)", "mita(m=25)+dwc")
+    assert not same_spec("mita(m=25)+dwc", "mita(m=25)+dwc(kernel=5)")
+    assert not same_spec("mita+gate+dwc", "mita+dwc+gate"), "the inner one is applied first"
     assert same_spec("mita(m=25,k=9)", "mita(k=9,m=25)")
     assert not same_spec("mita(m=25,k=9)", "mita(m=9,k=25)")
     assert not same_spec("mita(", "mita")

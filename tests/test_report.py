@@ -20,6 +20,7 @@ from mitaswap.errors import MitaswapError
 from mitaswap.report import _write, write_report
 from mitaswap.report._drawings import inline
 from mitaswap.report._table import Table
+from mitaswap.report._taxonomy import taxonomy_table
 from mitaswap.results import Run, provenance
 
 EVIL = '<script>alert("x")</script>'
@@ -80,6 +81,41 @@ def rows(model: str = "tiny", data: str = "digits") -> list[dict[str, Any]]:
         for layer, value in enumerate((0.31, 0.02))
     ]
     return found
+
+
+def with_cards(**names: str) -> list[dict[str, Any]]:
+    """Rows of the study matrix that carry costs and taxonomy cards."""
+    cards = {
+        "standard": ("none (N-wide MLP)", "N^2 d", "usable", 0.18),
+        "topk(k=9)": ("routing", "N^2 d", "usable", 0.13),
+        "bra(n=4)": ("routing", "n^2 d + N (N / n) k d", "usable", 0.06),
+        "mita(m=4,k=4)": ("compression & routing", "N (m + k s) d", "usable", 0.08),
+        "mita(m=4,k=4)+dwc": ("compression & routing", "N (m + k s) d", "usable", 0.09),
+        "linear": ("compression", "N d^2", "needs finetuning", 0.05),
+    }
+    first = rows(**names)[0]
+    return [
+        {
+            **first,
+            "run_with": spec,
+            "mechanism": spec.replace("(m=4,k=4)", "").partition("(")[0],
+            "top1": 90.0 - 5 * number,
+            "top1_low": 88.0 - 5 * number,
+            "top1_high": 91.0 - 5 * number,
+            "gmacs": 1.08 + cores,
+            "attn_gmacs": cores,
+            "param_count": 5.7 + (0.1 if "dwc" in spec else 0.0),
+            "strategy": strategy,
+            "expert_type": "MLP",
+            "expert_count": "N / block^2",
+            "construction": "a|b",
+            "topology": "all-to-one",
+            "source": EVIL,
+            "cost": cost,
+            "untrained": untrained,
+        }
+        for number, (spec, (strategy, cost, untrained, cores)) in enumerate(cards.items())
+    ]
 
 
 MakeRun = Callable[..., Path]
@@ -386,6 +422,57 @@ def test_tables_show_missing_values_as_dashes_and_lift_a_common_setting() -> Non
     assert table.rows == [["x", "1.00", "1,234"], ["–", "–", "5"]]
     assert table.right == [False, True, True]
     assert Table.of(frame.assign(Data=["d", "e"])).head[-1] == "Data"
+
+
+def test_decimals_may_differ_by_column() -> None:
+    table = Table.of(pd.DataFrame({"GMACs": [1.0796], "top": [73.149]}), {"GMACs": 3})
+    assert table.rows == [["1.080", "73.15"]]
+    assert Table.of(pd.DataFrame({"a": [0.12345]}), 3).rows == [["0.123"]]
+
+
+def test_mechanisms_stand_in_one_table_by_strategy_and_name(tmp_path: Path) -> None:
+    found = with_cards()
+    recipe = {**found[0], "run_with": "0: linear; *: agent", "mechanism": "several"}
+    earlier = {**found[1], "strategy": "compression"}
+    other = {**found[3], "run_with": "mita(m=9,k=9)"}
+    table = taxonomy_table(pd.DataFrame([earlier, *found, other, recipe]))
+    assert [*table["Mechanism"]] == ["standard", "linear", "bra", "topk", "mita", "mita+dwc"]
+    assert table.iloc[2]["Order of operations"] == "n² d + N (N / n) k d"
+    assert [*table.columns[1:3]] == ["Strategy", "Expert type"]
+    assert set(table["Experts"]) == {"N / block²"}
+    with Run.open(tmp_path / "run", {}, {}) as opened:
+        opened.append("all", [*found, recipe])
+    path = write_report([tmp_path / "run"], tmp_path / "out")
+    page = page_of(path)
+    assert "#mechanisms" in [link["href"] for link in page.all("a")]
+    assert page.all("script") == [] and page.text.count(EVIL) >= 6, "sources are text"
+    text = (path.parent / "report.md").read_text(encoding="utf-8")
+    row = "| linear | compression | MLP | N / block² | a\\|b | all-to-one | N d² |"
+    assert "## Mechanisms" in text and row in text
+    assert "<script" not in text
+
+
+def test_cost_and_ranking_are_part_of_the_report(tmp_path: Path) -> None:
+    with Run.open(tmp_path / "run", {}, {}) as opened:
+        opened.append("all", with_cards(model=EVIL))
+    path = write_report([tmp_path / "run"], tmp_path / "out")
+    page = page_of(path)
+    sections = [link["href"] for link in page.all("a") if link["href"] is not None]
+    shown = [href for href in sections if href.startswith("#figure-")]
+    assert shown == ["#figure-matrix", "#figure-ranking", "#figure-pareto"]
+    assert page.all("script") == []
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    labels = [svg["aria-label"] or "" for svg in page.all("svg")]
+    assert any("Pareto front from the cheapest: linear (0.05 GMACs" in label for label in labels)
+    assert "5.700\u00a0to\u00a05.800" in page.text, "mechanisms with parameters of their own"
+
+
+def test_rows_without_cards_have_no_table_of_mechanisms(whole: Path) -> None:
+    assert taxonomy_table(pd.DataFrame(rows())).empty
+    assert taxonomy_table(pd.DataFrame({"study": ["latency"]})).empty
+    assert "mechanisms" not in {a.get("id") for _, a in page_of(whole).tags}
+    assert "## Mechanisms" not in (whole.parent / "report.md").read_text(encoding="utf-8")
 
 
 def test_report_loads_no_torch(run: MakeRun, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import textwrap
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -73,7 +73,7 @@ class Panel:
         heading: what it is a drawing of, in a few words.
         alt: what a reader who cannot see it needs to know, in a sentence or two.
         data: the numbers shown, with readable column names.
-        decimals: decimals of the floats in `data`.
+        decimals: decimals of the floats in `data`, or those of some columns (else 2).
         content: what the chart itself needs to paint it.
     """
 
@@ -81,7 +81,7 @@ class Panel:
     heading: str
     alt: str
     data: pd.DataFrame
-    decimals: int = 2
+    decimals: int | Mapping[str, int] = 2
     content: Any = field(default=None, repr=False, compare=False)
 
 
@@ -147,6 +147,22 @@ def distinct(stems: Iterable[str]) -> list[str]:
 
 
 def wrap(label: object, width: int = 24) -> str:
-    """A label broken into lines; long names stay whole, unlike with an ellipsis."""
-    lines = str(label).splitlines() or [""]
-    return "\n".join(part for line in lines for part in textwrap.wrap(line, width) or [""])
+    """A label broken into lines; long names stay whole, unlike with an ellipsis, and break behind a
+    sign where they can: `linear(feature=relu)+` `dwc(kernel=5)`.
+    """
+    lines: list[str] = []
+    for line in str(label).splitlines() or [""]:
+        for part in textwrap.wrap(line, width, break_long_words=False) or [""]:
+            lines += _broken(part, width)
+    return "\n".join(lines)
+
+
+def _broken(name: str, width: int) -> list[str]:
+    """A name in pieces of at most `width`, their ends at a sign where one is near enough."""
+    lines = []
+    while len(name) > width:
+        signs = [found.end() for found in re.finditer(r"[+,_/:(]", name[:width])]
+        end = signs[-1] if signs and signs[-1] > width // 3 else width
+        lines.append(name[:end])
+        name = name[end:]
+    return [*lines, name]

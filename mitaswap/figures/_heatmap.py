@@ -17,11 +17,11 @@ from mitaswap.figures._base import Theme
 COLOURS = "cividis"  # perceptually uniform, and the same for colour-blind readers
 
 
-def heatmap(figure: Figure, ax: Axes, values: pd.DataFrame, theme: Theme, unit: str) -> None:
+def heatmap(figure: Figure, ax: Axes, values: pd.DataFrame, theme: Theme, unit: str | None) -> None:
     """Draw `values` (percent; NaN = not measured) with the numbers in the cells.
 
     Args:
-        unit: label of the colour bar.
+        unit: label of the colour bar; without one there is none.
     """
     numbers = values.astype(float)
     # Equal values everywhere (a single cell) would leave the colour scale without a range.
@@ -40,16 +40,27 @@ def heatmap(figure: Figure, ax: Axes, values: pd.DataFrame, theme: Theme, unit: 
         linewidths=1.0,
         linecolor=theme.background,
         annot_kws={"fontsize": 9.0},
+        cbar=unit is not None,
         cbar_kws={"label": unit, **bar},
         xticklabels=True,
         yticklabels=True,
     )
+    shades = ax.collections[0].to_rgba(numbers.to_numpy()[numbers.notna().to_numpy()])
+    for text, shade in zip(ax.texts, shades, strict=True):
+        # black or white, whichever differs more; seaborn's own choice is pale on middle shades
+        text.set_color("black" if _luminance(shade) > 0.179 else "white")
     for y, x in np.argwhere(numbers.isna().to_numpy()):
         ax.add_patch(unmeasured(theme, (x, y), 1, 1))
     ax.tick_params(length=0)
     scale = ax.collections[0].colorbar
     if scale is not None:
         scale.outline.set_visible(False)
+
+
+def _luminance(colour: np.ndarray) -> float:
+    """Relative luminance of an sRGB colour, 0 to 1, as in WCAG 2."""
+    linear = np.where(colour <= 0.04045, colour / 12.92, ((colour + 0.055) / 1.055) ** 2.4)
+    return float(linear[:3] @ [0.2126, 0.7152, 0.0722])
 
 
 def unmeasured(theme: Theme, corner: tuple[float, float], width: float, height: float) -> Rectangle:

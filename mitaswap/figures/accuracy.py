@@ -6,6 +6,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from mitaswap.figures._base import FIGURES, Chart, Panel, Theme, stem, wrap
+from mitaswap.figures._mechanisms import many
 from mitaswap.figures._numbers import latest, own, rows_of, settings
 
 
@@ -25,7 +26,8 @@ class Accuracy(Chart):
         panels = []
         for name, setting, rows in settings(rows_of(table, "matrix", "top1")):
             rows = latest(rows, "model", "trained_with", "run_with")
-            rows = rows[rows["top1_low"].notna() & rows["top1_high"].notna()]
+            # What the ranking shows, line by line and in order, is not shown again.
+            rows = rows[rows["top1_low"].notna() & rows["top1_high"].notna() & ~many(rows)]
             if rows.empty:
                 continue
             alt = (

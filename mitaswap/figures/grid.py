@@ -10,7 +10,7 @@ from matplotlib.lines import Line2D
 
 from mitaswap.figures._base import FIGURES, Chart, Panel, Theme, stem, wrap
 from mitaswap.figures._heatmap import heatmap, outline, unmeasured
-from mitaswap.figures._numbers import NEAR, Sweep, sweeps
+from mitaswap.figures._sweeps import NEAR, Sweep, sweeps
 
 _MEANING = {"N": "number of experts", "K": "keys per expert"}
 

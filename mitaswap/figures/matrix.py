@@ -12,6 +12,8 @@ from mitaswap.figures._base import FIGURES, Chart, Panel, Theme, stem, wrap
 from mitaswap.figures._heatmap import heatmap, outline, unmeasured
 from mitaswap.figures._numbers import latest, retained, rows_of, settings
 
+_DOZEN = 12  # rows beyond which a matrix is drawn densely
+
 
 @dataclass(frozen=True)
 class _Cells:
@@ -23,6 +25,41 @@ class _Cells:
     own: pd.DataFrame
 
 
+@dataclass(frozen=True)
+class _Size:
+    """Sizes in inches: of a row and of a cell's width, of the figure; dense figures have lower rows
+    and no colour bars, and panels that lie beside each other share the names of the rows.
+    """
+
+    dense: bool
+    row: float
+    cell: float
+    width: float
+    height: float
+    beside: bool
+
+    @classmethod
+    def of(cls, cells: _Cells, panels: int) -> _Size:
+        rows, columns = cells.top1.shape
+        dense = rows > _DOZEN
+        heads = [line for label in cells.top1.columns for line in label.split("\n")]
+        depth = max(label.count("\n") + 1 for label in cells.top1.columns)
+        names = [label.split("\n") for label in cells.top1.index]
+        letter = 0.072 if dense else 0.08
+        left = letter * max(len(line) for name in names for line in name)
+        row = 0.42
+        if dense:
+            row = 0.24 if max(map(len, names)) == 1 else 0.27
+        cell = max(0.7, (0.062 if dense else 0.078) * max(map(len, heads)) + 0.08)
+        maps, bars = cell * columns, 0.2 if dense else 1.1
+        across = left + panels * (maps + bars) if dense else panels * (left + maps + bars)
+        height = row * rows + 0.16 * depth + 0.8
+        beside = across < 10
+        if not beside:
+            across, height = left + maps + bars, panels * height
+        return cls(dense, row, cell, max(across, 5.0), height + 0.6, beside)
+
+
 @FIGURES.register("matrix")
 class Matrix(Chart):
     """Trained-with (columns) against run-with (rows): top-1, and relative to the own mechanism."""
@@ -32,7 +69,9 @@ class Matrix(Chart):
         "Each column is one trained model; each row is the mechanism that computes its attention "
         "at inference, the weights untouched. First panel: top-1 accuracy. Second panel: the same "
         "as a share of the accuracy that the model has with the mechanism it was trained with "
-        "(framed, 100%). A column whose cells stay near 100% does not mind the swap."
+        "(framed, 100%). A column whose cells stay near 100% does not mind the swap. With more "
+        "than a dozen mechanisms, those that no model was trained with are in the order of their "
+        "mean retained accuracy."
     )
     rank = 10
 
@@ -64,26 +103,22 @@ class Matrix(Chart):
         shown = [(cells.top1, "Top-1 accuracy", "top-1 (%)")]
         if cells.own.any(axis=None):
             shown.append((cells.retained, "Retained accuracy", "% of own mechanism"))
-        rows, columns = cells.top1.shape
-        lines = [line for label in cells.top1.columns for line in label.split("\n")]
-        depth = max(label.count("\n") + 1 for label in cells.top1.columns)
-        left = 0.08 * max(len(line) for label in cells.top1.index for line in label.split("\n"))
-        cell = max(0.7, 0.078 * max(map(len, lines)) + 0.08)
-        width, height = left + cell * columns + 1.1, 0.42 * rows + 0.16 * depth + 0.8
-        beside = len(shown) * width < 10
-        size = (len(shown) * width, height + 0.6) if beside else (width, len(shown) * height + 0.6)
-        figure = Figure(figsize=(max(size[0], 5.0), size[1]), layout="constrained")
-        grid = (1, len(shown)) if beside else (len(shown), 1)
-        axes = figure.subplots(*grid, squeeze=False).ravel()
+        size = _Size.of(cells, len(shown))
+        figure = Figure(figsize=(size.width, size.height), layout="constrained")
+        grid = (1, len(shown)) if size.beside else (len(shown), 1)
+        axes = figure.subplots(*grid, squeeze=False, sharey=size.dense and size.beside).ravel()
         figure.suptitle(wrap(cells.setting, 90), size=9, x=0.01, ha="left")
         for ax, (values, title, unit) in zip(axes, shown, strict=True):
             ax.set_title(title)
-            heatmap(figure, ax, values, theme, unit)
-            inset = (0.03 * 0.42 / cell, 0.03)
+            heatmap(figure, ax, values, theme, None if size.dense else unit)
+            inset = (0.03 * size.row / size.cell, 0.03)
             frame = outline(ax, cells.own.to_numpy(), "own mechanism", inset=inset, width=1.4)
             ax.set_xlabel("Trained with")
-            ax.set_ylabel("Run with" if ax is axes[0] or not beside else "")
+            ax.set_ylabel("Run with" if ax is axes[0] or not size.beside else "")
             ax.tick_params(axis="both", rotation=0)
+            if size.dense:
+                ax.tick_params(axis="y", labelsize=8)
+                ax.tick_params(axis="x", labelsize=7)
         keys: list[Artist] = [] if frame is None else [frame]
         if cells.retained.isna().any(axis=None):
             keys.append(unmeasured(theme, (0, 0), 1, 1))
@@ -104,14 +139,22 @@ def _cells(setting: str, rows: pd.DataFrame) -> _Cells:
     measured = dict.fromkeys(rows["run_with"])
     index = [spec for spec in order if spec in measured]
     index += [spec for spec in measured if spec not in order]
+    dense = len(index) > _DOZEN
+    if dense:
+        value = "retained" if rows["retained"].notna().any() else "top1"
+        means = rows.groupby("run_with")[value].mean().sort_values(ascending=False, kind="stable")
+        index = [spec for spec in index if spec in order]
+        index += [spec for spec in means.index if spec not in order]
+    width = 12 if dense else 24
     labels = [
-        wrap(trained_with) + ("" if model == trained_with else f"\n{wrap(model)}")
+        wrap(trained_with, width) + ("" if model == trained_with else f"\n{wrap(model, width)}")
         for model, trained_with in models
     ]
 
     def wide(column: str) -> pd.DataFrame:
         cells = rows.pivot(index="run_with", columns="column", values=column)
         cells = cells.reindex(index=index).set_axis(labels, axis=1)
-        return cells.rename(index=wrap).rename_axis(index=None, columns=None)
+        names = {spec: wrap(spec, 40 if dense else 24) for spec in index}
+        return cells.rename(index=names).rename_axis(index=None, columns=None)
 
     return _Cells(setting, wide("top1"), wide("retained"), wide("own").eq(True))

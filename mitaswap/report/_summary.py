@@ -9,16 +9,8 @@ from typing import Any
 import pandas as pd
 
 from mitaswap.figures import FIGURES, Panel
-from mitaswap.figures._numbers import (
-    NEAR,
-    Sweep,
-    latest,
-    repeats,
-    retained,
-    rows_of,
-    settings,
-    sweeps,
-)
+from mitaswap.figures._numbers import latest, repeats, retained, rows_of, settings
+from mitaswap.figures._sweeps import NEAR, Sweep, sweeps
 
 _FEW = 6  # sentences of one kind in the summary
 _NUMERICS = ["arch", "param_count", "img_size", "crop_pct", "interpolation", "batch_size"]
@@ -157,7 +149,15 @@ def accuracy_table(table: pd.DataFrame) -> pd.DataFrame:
 def numerics_table(table: pd.DataFrame) -> pd.DataFrame:
     """How each model saw its images and in which numbers it computed: one row per combination."""
     columns = ["run", "model", *(name for name in _NUMERICS if name in table)]
-    rows = table.reindex(columns=columns).drop_duplicates()
+    rows = table.reindex(columns=columns)
+    if (
+        "param_count" in rows
+    ):  # some mechanisms have parameters of their own: the fewest to the most
+        alike = rows.groupby([c for c in columns if c != "param_count"], dropna=False, sort=False)
+        ends = [alike["param_count"].transform(how) for how in ("min", "max")]
+        words = [_span(low, high) for low, high in zip(*ends, strict=True)]
+        rows = rows.assign(param_count=pd.Series(words, rows.index, dtype=object))
+    rows = rows.drop_duplicates()
     titles = {
         "run": "Run",
         "model": "Model",
@@ -178,6 +178,12 @@ def numerics_table(table: pd.DataFrame) -> pd.DataFrame:
         whole = [str(int(v)) if isinstance(v, float) and v == v else v for v in rows["img_size"]]
         rows = rows.assign(img_size=whole)
     return rows.rename(columns=titles)
+
+
+def _span(low: float, high: float) -> str | None:
+    if pd.isna(low):
+        return None
+    return f"{low:.3f}" if low == high else f"{low:.3f} to {high:.3f}".replace(" ", "\u00a0")
 
 
 def sentences(table: pd.DataFrame) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,15 +27,22 @@ class Table:
     data: str = ""
 
     @classmethod
-    def of(cls, frame: pd.DataFrame, decimals: int = 2) -> Table:
-        """A data frame as text; what is missing becomes a dash, one common setting leaves."""
+    def of(cls, frame: pd.DataFrame, decimals: int | Mapping[str, int] = 2) -> Table:
+        """A data frame as text; what is missing becomes a dash, one common setting leaves.
+
+        Args:
+            decimals: of the floats, or those of some columns; the others have 2.
+        """
         data = ""
         if "Data" in frame and frame["Data"].nunique() == 1:
             data = f", on {frame['Data'].iloc[0]}"
             frame = frame.drop(columns="Data")
         right = [bool(pd.api.types.is_numeric_dtype(frame[column])) for column in frame]
         cells = frame.astype(object).to_numpy().tolist()
-        rows = [[_text(value, decimals) for value in row] for row in cells]
+        known = decimals if isinstance(decimals, Mapping) else {}
+        usual = decimals if isinstance(decimals, int) else 2
+        places = [known.get(str(column), usual) for column in frame]
+        rows = [[_text(*cell) for cell in zip(row, places, strict=True)] for row in cells]
         return cls([str(column) for column in frame], rows, right, data)
 
 

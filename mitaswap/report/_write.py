@@ -20,6 +20,7 @@ from mitaswap.figures import DARK, LIGHT
 from mitaswap.report import _summary
 from mitaswap.report._drawings import Drawing, charts, drawings
 from mitaswap.report._table import Table
+from mitaswap.report._taxonomy import taxonomy_table
 from mitaswap.results import load_plan, load_provenance, load_rows
 from mitaswap.results._rows import run_names
 
@@ -84,6 +85,7 @@ def _fill(directory: Path, table: pd.DataFrame, runs: list[dict[str, Any]]) -> N
         "swaps": Table.of(_summary.swap_table(table)),
         "grids": Table.of(_summary.grid_table(table)),
         "sections": sections,
+        "taxonomy": Table.of(taxonomy_table(table)),
         "accuracy": Table.of(_summary.accuracy_table(table)),
         "numerics": Table.of(_summary.numerics_table(table), 3),
         "runs": runs,
