@@ -3,7 +3,7 @@ beside the weights.
 
     model.safetensors     upstream's parameters under upstream's names
     config.json           upstream's configuration plus the key "mitaswap": recipe, trained_with,
-                          version
+                          version, and the layouts that learned parts were created for
     mitaswap.safetensors  learned parts of the mechanisms, where they have any
     README.md             model card
 
@@ -31,6 +31,7 @@ from mitaswap.errors import MitaswapError
 from mitaswap.models import Network, open_model, wrap
 from mitaswap.spec import Recipe
 from mitaswap.surgery import convert, recipe_of, swapped_sites, walk
+from mitaswap.tokens import TokenLayout
 
 KEY = "mitaswap"
 EXTRAS = "mitaswap.safetensors"
@@ -66,7 +67,7 @@ def open_network(name: str, *, swapped: bool = True, **options: Any) -> Network:
     if trained_with(network) != "standard":
         setattr(network.module, _TRAINED, trained_with(network))
     if recipe is not None and swapped:
-        convert(network.module, recipe, example=network.example(2))
+        convert(network.module, recipe, example=network.example(2), built=built_layouts(network))
         if options.get("pretrained") is not False:
             restore_extras(network)
     return network
@@ -95,6 +96,33 @@ def training_with(network: Network) -> str:
     specs = {site.mechanism for site in sites if site.swappable}
     # one mechanism everywhere goes by its own name, anything else needs the layers
     return str(specs.pop() if len(specs) == 1 else recipe)
+
+
+def built_layouts(network: Network) -> dict[str, TokenLayout]:
+    """By site, the token layouts that the saved learned parts were created for; they are
+    interpolated from there to other image sizes.
+    """
+    known = _entry(network).get("built") or {}
+    try:
+        return {
+            path: TokenLayout(prefix, (height, width), suffix)
+            for path, (prefix, height, width, suffix) in known.items()
+        }
+    except (AttributeError, TypeError, ValueError):
+        raise MitaswapError(
+            f"{network.name}: the key 'built' of its config.json must map sites to [prefix, rows, "
+            f"columns, suffix], not {known!r}"
+        ) from None
+
+
+def _built(module: nn.Module) -> dict[str, list[int]]:
+    """The same of a swapped module, as JSON: only of mechanisms that were created for a layout."""
+    return {
+        path: [at.prefix, *at.grid, at.suffix]
+        for path, part in swapped_sites(module).items()
+        if part.site is not None and part.learns
+        for at in [part.site.layout]
+    }
 
 
 def _entry(network: Network) -> Mapping[str, Any]:
@@ -176,11 +204,14 @@ def save(
     network = model if isinstance(model, Network) else wrap(model)
     recipe = recipe_of(network.module)
     extras = _extras(network.module)
-    entry = {
+    entry: dict[str, Any] = {
         "version": __version__,
         "trained_with": trained_by or trained_with(network),
         "recipe": recipe.to_dict() if recipe else None,
     }
+    built = _built(network.module)
+    if built:
+        entry["built"] = built
     state = {k: v for k, v in network.module.state_dict().items() if k not in extras}
     files = {"README.md": _card(network, entry).encode()}
     if extras:

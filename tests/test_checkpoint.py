@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import mitaswap
+from mitaswap import Spec, TokenLayout
 from mitaswap.checkpoint import (
     EXTRAS,
     KEY,
@@ -29,6 +30,7 @@ from mitaswap.checkpoint import (
     training_with,
 )
 from mitaswap.errors import MitaswapError
+from mitaswap.mechanisms import MECHANISMS, learned_numbers
 from mitaswap.models import open_model
 from mitaswap.surgery import swapped_sites
 
@@ -355,3 +357,40 @@ def test_an_existing_directory_survives_a_full_disk(
         mitaswap.save(model, to_mita)
     assert {file.name: file.read_bytes() for file in to_mita.iterdir()} == before
     assert list(tmp_path.iterdir()) == [to_mita]
+
+
+LEARNED = [name for name in MECHANISMS.names() if learned_numbers(mitaswap.mechanism(name))] + [
+    "agent(n=6,bias=true)",
+    "reformer(chunk=8)",
+    "linear+dwc",
+    "standard+gate(per=head)",
+]
+
+
+@pytest.mark.parametrize("spec", LEARNED)
+def test_learned_parts_are_loaded_at_other_image_sizes(spec: str, tmp_path: Path) -> None:
+    """Created at one grid, saved, opened at another: the same function, interpolated from there."""
+    name = "vit_tiny_patch16_224"
+    shape = {"patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2, "num_classes": 3}
+    model = timm.create_model(name, img_size=64, **shape, dynamic_img_size=True).eval()
+    layout = TokenLayout(1, (8, 8))
+    if "(" not in spec and "+" not in spec:
+        spec = str(Spec(spec, MECHANISMS.get(spec).suggest(layout)))
+    mitaswap.convert(model, spec, example=torch.randn(2, 3, 64, 64))
+    (part,) = swapped_sites(model).values()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in part.parameters():
+            parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+    model.set_input_size((96, 80))  # the network moves on; what is learned knows where it is from
+    where = mitaswap.save(model, tmp_path / "saved")
+    for size in (None, (64, 64), (128, 96)):
+        twin = mitaswap.load(where, **({} if size is None else {"img_size": size}))
+        (again,) = swapped_sites(twin).values()
+        assert again.site == part.site
+        for grid in ((8, 8), (12, 10), (16, 12)):
+            at = TokenLayout(1, grid)
+            q, k, v = torch.randn(3, 2, 2, at.tokens, 12, generator=generator)
+            extra = {"x": torch.randn(2, at.tokens, 24)} if "x" in part.needs else {}
+            want = part(q, k, v, layout=at, **extra)
+            assert torch.equal(again(q, k, v, layout=at, **extra), want)

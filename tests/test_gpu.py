@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_laws import SPECS
+from attention_laws import SPECS, accepts, attend
 
 import mitaswap
 from mitaswap.tokens import TokenLayout
@@ -14,19 +14,21 @@ pytestmark = pytest.mark.gpu
 LAYOUT = TokenLayout(1, (7, 9))
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if accepts(spec, LAYOUT)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_agrees_with_float64_on_the_cpu(spec: str, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     shape = (2, 3, LAYOUT.tokens, 24)
     q, k, v = (torch.randn(shape, generator=generator).to(dtype) for _ in range(3))
     part = mitaswap.mechanism(spec)
-    exact = part(q.double(), k.double(), v.double(), layout=LAYOUT)
-    ours = part(q.cuda(), k.cuda(), v.cuda(), layout=LAYOUT)
+    exact = attend(part, q.double(), k.double(), v.double(), LAYOUT)
+    ours = attend(part.cuda(), q.cuda(), k.cuda(), v.cuda(), LAYOUT)
     assert ours.dtype == dtype and ours.is_cuda
     error = (ours.cpu().double() - exact).norm() / exact.norm()
-    # one rounding of the result, and float32 inside; standard rounds its weights to `dtype` too
-    assert error < {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype]
+    # one rounding of the result, and float32 inside, whose error grows where sums cancel; standard
+    # rounds its weights to `dtype` too
+    inner = 1e-5 if "convex" in part.traits else 1e-4
+    assert error < inner + {torch.float32: 0, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -45,7 +47,9 @@ def test_identity_swap_is_exact_and_others_move(dtype: torch.dtype) -> None:
         assert torch.equal(model(x), before)
 
 
-@pytest.mark.parametrize("spec", ["standard", "linear", "agent(n=9)", "mita(m=9,k=9)"])
+@pytest.mark.parametrize(
+    "spec", ["standard", "linear", "agent(n=9)", "mita(m=9,k=9)", "nsa(k=3)", "linear+dwc+gate"]
+)
 def test_compiles_whole_with_inductor(spec: str) -> None:
     import timm
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mitaswap.mechanisms import Cost, Mechanism, SiteShape, mechanism
@@ -25,7 +26,8 @@ def body_flops(network: Network, sites: Sequence[Site]) -> int:
     that can be swapped.
     """
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
+    # by plain products: not every version of the counter knows every fused attention kernel
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         network.forward(network.example(1))
     softmax = mechanism("standard")
     cores = sum(softmax.cost(shape_of(site)).flops for site in sites if site.swappable)

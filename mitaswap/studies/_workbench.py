@@ -11,7 +11,13 @@ from typing import Any
 
 import torch
 
-from mitaswap.checkpoint import fingerprint, restore_extras, saved_recipe, trained_with
+from mitaswap.checkpoint import (
+    built_layouts,
+    fingerprint,
+    restore_extras,
+    saved_recipe,
+    trained_with,
+)
 from mitaswap.errors import MitaswapError
 from mitaswap.evaluation import Images, OnImages, measure, open_seeded, place
 from mitaswap.mechanisms import Mechanism, mechanism
@@ -126,7 +132,7 @@ class Workbench:
         except NotImplementedError:
             return {"gmacs": None, "attn_gmacs": None}
         whole = self._bodies[label] + cores
-        return {"gmacs": round(whole / 2e9, 4), "attn_gmacs": round(cores / 2e9, 4)}
+        return {"gmacs": float(f"{whole / 2e9:.6g}"), "attn_gmacs": float(f"{cores / 2e9:.6g}")}
 
     @contextmanager
     def swapped(self, label: str, what: What) -> Iterator[tuple[Network, Handle]]:
@@ -142,9 +148,13 @@ class Workbench:
         with torch.random.fork_rng(devices=[]):
             # learned parts that were not trained are drawn from the seed alone
             torch.manual_seed(self.settings.seed)
-            handle = swap(network.module, recipe, example=network.example(2), sites=sites)
+            as_saved = _as_saved(network, self.sites(label), recipe)
+            built = {p: at for p, at in built_layouts(network).items() if p in as_saved}
+            handle = swap(
+                network.module, recipe, example=network.example(2), sites=sites, built=built
+            )
         with handle:
-            restore_extras(network, _as_saved(network, self.sites(label)))
+            restore_extras(network, as_saved)
             yield network, handle
 
     def measure(self, study: str, label: str, what: What, on_images: OnImages) -> Row:
@@ -212,14 +222,14 @@ def _columns(what: What, layers: str) -> Row:
     return {**known, **{f.name: getattr(card, f.name) for f in fields(card)}}
 
 
-def _as_saved(network: Network, paths: list[str]) -> list[str]:
-    """The sites that hold what they were saved with, learned parts too."""
-    recipe = saved_recipe(network)
-    saved = recipe.assign(paths) if recipe else {}
+def _as_saved(network: Network, paths: list[str], recipe: Recipe) -> list[str]:
+    """The sites that get what they were saved with, learned parts too."""
+    known = saved_recipe(network)
+    saved = known.assign(paths) if known else {}
     return [
         path
-        for path, part in swapped_sites(network.module).items()
-        if path in saved and mechanism(saved[path]).spec == part.spec
+        for path, spec in recipe.assign(paths).items()
+        if path in saved and mechanism(saved[path]).spec == mechanism(spec).spec
     ]
 
 

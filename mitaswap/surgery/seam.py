@@ -164,12 +164,19 @@ class Swapped:
         if part not in self.mitaswap.supports:
             raise SwapError(
                 f"{self._mitaswap.site.path}: this forward brings {what}, which "
-                f"{self.mitaswap.spec} cannot honour. "
+                f"{self.mitaswap.spec} cannot honour. {_INSTEAD.get(part, '')}"
                 "Mechanisms that can: see `mitaswap ls`; or leave this layer out with layers=..."
             )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _rebuild, (self._mitaswap_original,), self.__dict__
+
+
+#: what switches off what a mechanism cannot honour
+_INSTEAD = {
+    "dropout": "Build the network without it (timm: attn_drop_rate=0; transformers: "
+    "attention_probs_dropout_prob=0). "
+}
 
 
 def _rebuild(original: type[nn.Module]) -> nn.Module:

@@ -18,6 +18,7 @@ from mitaswap.surgery.seam import Observer, Seam, Shared, Swapped, seam_class
 from mitaswap.surgery.sites import Site, walk
 from mitaswap.surgery.tap import InputTap
 from mitaswap.surgery.witness import dry_run, example_input
+from mitaswap.tokens import TokenLayout
 
 
 class Handle:
@@ -65,6 +66,7 @@ def swap(
     *,
     example: Tensor | Mapping[str, Any] | None = None,
     sites: Sequence[Site] | None = None,
+    built: Mapping[str, TokenLayout] | None = None,
 ) -> Handle:
     """Put a mechanism into the attention sites of `model`, in place, until the handle is undone.
 
@@ -77,6 +79,8 @@ def swap(
             that can be swapped.
         example: an input batch for the dry forward that finds the sites; by default random images.
         sites: what `walk` returned for this model, to save that dry forward.
+        built: by site, the token layouts that learned parts are created for where these are not the
+            example's: a network trained at another image size has them from there.
 
     Raises:
         SwapError: no site can be swapped, a site asked for by name cannot be, a mechanism cannot
@@ -94,10 +98,10 @@ def swap(
             "or handle.undo() first"
         )
     chosen = _assign(model, recipe, sites)
-    built = {site.path: _build(spec, site) for site, spec in chosen}
+    parts = {site.path: _build(spec, site, (built or {}).get(site.path)) for site, spec in chosen}
     try:
-        _install(model, [site for site, _ in chosen], built)
-        _verify(model, example, list(built))
+        _install(model, [site for site, _ in chosen], parts)
+        _verify(model, example, list(parts))
     except BaseException:
         _restore(model)
         raise
@@ -110,11 +114,12 @@ def convert(
     layers: str = "*",
     *,
     example: Tensor | Mapping[str, Any] | None = None,
+    built: Mapping[str, TokenLayout] | None = None,
 ) -> nn.Module:
     """Swap for good and return `model`; arguments and errors as `swap`. `mitaswap.save` writes it,
     `revert` undoes it.
     """
-    swap(model, to, layers, example=example)
+    swap(model, to, layers, example=example, built=built)
     return model
 
 
@@ -199,7 +204,7 @@ def _assign(model: nn.Module, recipe: Recipe, sites: Sequence[Site]) -> list[tup
     return chosen
 
 
-def _build(spec: Spec, site: Site) -> Mechanism:
+def _build(spec: Spec, site: Site, built: TokenLayout | None) -> Mechanism:
     part = mechanism(spec)
     if site.bias != "none" and "bias" not in part.supports:
         what = {"bias": "an additive attention bias", "mask": "an attention mask"}
@@ -209,7 +214,9 @@ def _build(spec: Spec, site: Site) -> Mechanism:
         )
     assert site.layout is not None
     try:
-        part.attach(SiteShape(site.heads, site.head_dim, site.layout, site.value_dim, site.width))
+        part.check(site.layout, site.head_dim)
+        layout = built or site.layout
+        part.attach(SiteShape(site.heads, site.head_dim, layout, site.value_dim, site.width))
     except MitaswapError as error:
         raise SwapError(f"{site.path}: {error}") from None
     return part
