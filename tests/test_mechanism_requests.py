@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from attention_laws import LAYOUT, LAYOUTS, accepted, attend, draw, each, innermost, same
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mitaswap import Spec, TokenLayout, mechanism
 from mitaswap.errors import MitaswapError
-from mitaswap.mechanisms import MECHANISMS, TRAITS, Mechanism, SiteShape
+from mitaswap.mechanisms import MECHANISMS, TRAITS, WRAPPERS, Mechanism, SiteShape
 
 # ------------------------------------------------------------------------------------------- errors
 
@@ -42,15 +43,44 @@ BAD_SIZES = [
     Bad("mita(m=6,k=4,s=7)", f"s=7 must be between 1 and the 6 experts (m) {AT}; use s=6"),
     Bad("mita(m=6,k=4,s=0)", f"s=0 must be between 1 and the 6 experts (m) {AT}; use s=1"),
     Bad("mita(m=7,k=4)", "7 landmarks do not fit a 3x5 grid as a x b windows; the nearest count"),
-    Bad("mita(m=6,k=4,pool=3x3)", "pool=3x3 must be 'auto' or AxB with A * B = 6, for instance"),
-    Bad("mita(m=6,k=4,pool=big)", "pool=big must be 'auto' or AxB with A * B = 6, for instance"),
+    Bad("mita(m=6,k=4,pool=3x3)", "pool=3x3 must be 'auto' or AxB with A * B = 6; use pool=2x3"),
+    Bad("mita(m=6,k=4,pool=big)", "pool=big must be 'auto' or AxB with A * B = 6; use pool=2x3"),
     Bad(
         "mita(m=6,k=4,pool=6x1)", "pool=6x1 has more windows than the 3x5 grid has rows or columns"
     ),
-    Bad("agent", f"agent(n=49) needs 1 <= n <= 15 patches {AT}; use n=15 or fewer"),
-    Bad("agent(n=0)", f"agent(n=0) needs 1 <= n <= 15 patches {AT}; use n=15 or fewer"),
+    Bad("agent", f"agent(n=49): n=49 must be between 1 and the 15 patches {AT}; use n=15"),
+    Bad("agent(n=0)", f"n=0 must be between 1 and the 15 patches {AT}; use n=1"),
     Bad("agent(n=13)", "13 landmarks do not fit a 3x5 grid as a x b windows; the nearest count"),
     Bad("agent(n=4,pool=4x1)", "pool=4x1 has more windows than the 3x5 grid has rows or columns"),
+    *(
+        Bad(
+            f"{name}={n})", f"{n} windows do not fit a 3x5 grid as a x b windows; the nearest count"
+        )
+        for name, n in {
+            "bra(k=1,n": 7,
+            "moba(blocks=windows,k=1,n": 7,
+            "mhla(m": 7,
+            "linformer(n": 7,
+            "sparsifiner(k=4,coefficients=2,n": 7,
+        }.items()
+    ),
+    Bad("bra(k=1,n=6,pool=3x1)", "pool=3x1 must be 'auto' or AxB with A * B = 6; use pool=2x3"),
+    Bad("sparsifiner(k=4,n=0)", f"n=0 must be between 1 and the 15 patches {AT}; use n=1"),
+    Bad(
+        "sparsifiner(k=4,n=6,coefficients=2,channels=-1)",
+        "channels=-1 must be 0 or more; use channels=0",
+    ),
+    Bad(
+        "sparsifiner(k=4,n=6,coefficients=2,threshold=-0.5)",
+        "threshold=-0.5 must be 0 or more; use threshold=0",
+    ),
+    *(
+        Bad(f"{name}(eps=-1.0)", "eps=-1.0 must be 0 or more; use eps=0")
+        for name in ("linear", "focused", "performer", "polaformer")
+    ),
+    Bad("mhla(m=6,eps=-1.0)", "eps=-1.0 must be 0 or more; use eps=0"),
+    Bad("ttt(eta=-1.0)", "eta=-1.0 must be 0 or more; use eta=0"),
+    Bad("vit3(lr=-1.0)", "lr=-1.0 must be 0 or more; use lr=0"),
 ]
 
 
@@ -61,10 +91,42 @@ def test_impossible_sizes(bad: Bad) -> None:
         part.check(bad.layout, 8)
     text = str(from_check.value)
     # the limits of m, k and s come with the whole spec in front
-    assert text.removeprefix(f"{bad.spec}: ").startswith(bad.message)
+    assert text.removeprefix(f"{part.spec}: ").startswith(
+        bad.message.removeprefix(f"{part.spec}: ")
+    )
+    assert "use " in text or "nearest" in text
     with pytest.raises(MitaswapError) as from_call:  # before any work: meta tensors have no data
         part(*(x.to("meta") for x in draw(bad.layout)), layout=bad.layout)
     assert str(from_call.value) == text
+
+
+def test_biased_agents_keep_their_windows() -> None:
+    part = mechanism("agent(n=8,bias=true)")
+    part.attach(SiteShape(3, 8, TokenLayout(1, (4, 7))))
+    part.check(TokenLayout(1, (7, 4)), 8)
+    with pytest.raises(MitaswapError) as error:
+        part.check(TokenLayout(1, (8, 3)), 8)
+    assert str(error.value) == (
+        "agent(n=8,bias=true) was built on tokens 1 + 4x7: its biases belong to 2x4 windows, more "
+        "than tokens 1 + 8x3 have rows or columns; use bias=false, or images of at least 2x4 "
+        "patches"
+    )
+
+
+@pytest.mark.parametrize(("groups", "near"), [(5, 6), (4, 3), (9, 6)])
+def test_groups_that_do_not_divide_the_heads(groups: int, near: int) -> None:
+    with pytest.raises(MitaswapError) as error:
+        mechanism(f"dat(groups={groups})").attach(SiteShape(6, 8, LAYOUT))
+    assert str(error.value).endswith(f"groups={groups} must divide the 6 heads; use groups={near}")
+
+
+@pytest.mark.parametrize("given", WRAPPERS.names())
+def test_a_wrapper_alone(given: str) -> None:
+    with pytest.raises(MitaswapError) as error:
+        mechanism(given)
+    assert str(error.value) == (
+        f"{given} is a wrapper: write it behind a mechanism, for instance 'mita(m=25,k=25)+{given}'"
+    )
 
 
 @pytest.mark.parametrize(
@@ -250,7 +312,9 @@ def test_cost_is_what_a_counter_sees(spec: str) -> None:
         part = mechanism(spec)
         q, k, v = draw(layout, batch=1, dim=16, dtype=torch.float32)
         attend(part, q, k, v, layout)  # attaches
-        with FlopCounterMode(display=False) as counted, torch.no_grad():
+        # by plain products: not every version of the counter knows torch's fused attention
+        counted = FlopCounterMode(display=False)
+        with sdpa_kernel(SDPBackend.MATH), counted, torch.no_grad():
             attend(part, q, k, v, layout)
         cost = part.cost(SiteShape(3, 16, layout))
         assert cost.flops + cost.padding == pytest.approx(counted.get_total_flops(), rel=0.01)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mitaswap.operators.blocks import owner_blocks
-from mitaswap.operators.experts import attend, expert_blocks, merge
+from mitaswap.operators.blocks import expert_blocks, owner_blocks
+from mitaswap.operators.experts import attend, merge
 from mitaswap.operators.masked import attend_masked, fallback
 from mitaswap.operators.neighbourhood import attend_near, near_flops
 

@@ -133,11 +133,16 @@ def test_auto_windows_turn_with_the_grid(h: int, w: int, count: int) -> None:
 @pytest.mark.parametrize(
     ("count", "pool", "message"),
     [
-        (6, "4x2", "pool=4x2 must be 'auto' or AxB with A * B = 6, for instance pool=1x6"),
-        (6, "2*3", "pool=2*3 must be 'auto' or AxB with A * B = 6, for instance pool=1x6"),
-        (6, "", "pool= must be 'auto' or AxB with A * B = 6, for instance pool=1x6"),
-        (8, "4x2", "pool=4x2 has more windows than the 3x5 grid has rows or columns"),
-        (6, "1x6", "pool=1x6 has more windows than the 3x5 grid has rows or columns"),
+        (6, "4x2", "pool=4x2 must be 'auto' or AxB with A * B = 6; use pool=2x3"),
+        (6, "2*3", "pool=2*3 must be 'auto' or AxB with A * B = 6; use pool=2x3"),
+        (6, "", "pool= must be 'auto' or AxB with A * B = 6; use pool=2x3"),
+        (8, "4x2", "pool=4x2 has more windows than the 3x5 grid has rows or columns; use pool=2x4"),
+        (6, "1x6", "pool=1x6 has more windows than the 3x5 grid has rows or columns; use pool=2x3"),
+        (
+            7,
+            "7x1",
+            "7 landmarks do not fit a 3x5 grid as a x b windows; the nearest count that does is 6",
+        ),
         (
             7,
             "auto",

@@ -115,6 +115,7 @@ def _one(part: Mechanism) -> None:
         {"about": "text", "": "text"},
         [
             *((f.name.replace("_", " "), getattr(card, f.name)) for f in fields(card)),
+            ("limits", "\n".join(f"{spec} is {limit}" for spec, limit in cls.limits) or "none"),
             ("needs", ", ".join(["q, k, v", *sorted(part.needs)])),
             ("honours", ", ".join(sorted(part.supports)) or "no bias, mask or dropout"),
             ("learned", f"{learned:,} parameters for 3 heads of 64 at 1 + 14x14 tokens"),

@@ -47,6 +47,9 @@ class Mechanism(nn.Module):
     card: ClassVar[Card]
     #: option sets that the laws of the test suite and the benchmarks run over
     samples: ClassVar[tuple[dict[str, Value], ...]] = ({},)
+    #: options at which it equals another mechanism, as pairs of call strings; {tokens}, {patches},
+    #: {height} and {width} are those of the layout
+    limits: ClassVar[tuple[tuple[str, str], ...]] = ()
     #: the laws that hold for it, of `TRAITS`; where options decide, a property
     traits: ClassVar[frozenset[str]] = frozenset()
     #: what it reads of a site besides q, k, v: "grid" (where the patches are), "x" (the attention
@@ -121,12 +124,28 @@ class Mechanism(nn.Module):
         if self.site is not None:
             raise MitaswapError(f"{self.spec} is attached already, to {self.site}")
         self.check(site.layout, site.head_dim)
-        self.build(site)
+        if type(self).build is not Mechanism.build:
+            # parts that can be trained, with their numbers, whatever mode or device the caller set
+            with torch.inference_mode(False), torch.device("cpu"):
+                self.build(site)
         self.site = site
+
+    @property
+    def learns(self) -> bool:
+        """Whether `build` created anything: parameters, or buffers drawn for the site."""
+        return any(True for _ in self.parameters()) or any(True for _ in self.buffers())
 
     def cost(self, site: SiteShape) -> Cost:
         """FLOPs and memory traffic of one image at a site, by the formula."""
         raise NotImplementedError
+
+    def _twin(self, q: Tensor, layout: TokenLayout) -> Mechanism:
+        """One of the same options, attached at the site of these queries: it can answer for a
+        mechanism that is not attached yet and shall not be by a question.
+        """
+        twin = type(self)(self.options)
+        twin.attach(SiteShape(q.shape[1], q.shape[3], layout))
+        return twin.to(q.device)
 
     def _cost(self, site: SiteShape, flops: int, between: int = 0, padding: int = 0) -> Cost:
         """`Cost` of a core that reads q, k, v (and x, if needed) and its parameters, and writes
@@ -225,7 +244,8 @@ class Mechanism(nn.Module):
             self.attach(SiteShape(q.shape[1], q.shape[3], layout, v.shape[3], width))
             # half precision keeps learned parts in float32, as the sums are
             exact = q.dtype in (torch.float32, torch.float64)
-            self.to(q.device, q.dtype if exact else torch.float32)
+            with torch.inference_mode(False):
+                self.to(q.device, q.dtype if exact else torch.float32)
         if scale is None:
             scale = 1.0 / math.sqrt(q.shape[3])
         return self.run(q, k, v, layout, scale, extra)

@@ -24,6 +24,12 @@ def mechanism(spec: str | Spec) -> Mechanism:
     """
     spec = Spec.parse(spec)
     explain(spec.name)
+    if spec.name in WRAPPERS and spec.name not in MECHANISMS:
+        own = Spec(spec.name, spec.options)
+        raise MitaswapError(
+            f"{spec.name} is a wrapper: write it behind a mechanism, for instance "
+            f"'mita(m=25,k=25)+{own}'"
+        )
     cls = MECHANISMS.get(spec.name)
     part = cls(_options(cls.options_type, Spec(spec.name, spec.options)))
     for outer in spec.wrappers:

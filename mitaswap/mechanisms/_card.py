@@ -24,8 +24,9 @@ class Card:
         source: paper, year and equation.
         cost: order of the operations for N tokens, as a formula.
         untrained: what a model trained with softmax attention is after conversion, before any
-            training: `usable` where the formula approximates softmax attention (exactly in some
-            limit of its options), `needs finetuning` where it is another function.
+            training: `usable` where a fresh module with its default options is clearly nearer to
+            softmax attention than the mean of the values is (a law of the test suite measures it),
+            `needs finetuning` otherwise.
     """
 
     strategy: str

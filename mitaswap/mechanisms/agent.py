@@ -12,11 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mitaswap.errors import MitaswapError
+from mitaswap.kernels import unfit
 from mitaswap.mechanisms._base import MECHANISMS, Mechanism, Options
 from mitaswap.mechanisms._card import Card, Cost, SiteShape
 from mitaswap.operators.counting import attend_flops
 from mitaswap.operators.experts import Branch, attend
-from mitaswap.operators.pool import landmarks, pool_shape
+from mitaswap.operators.pool import pool_shape, pool_tokens
+from mitaswap.operators.ranges import in_range
 from mitaswap.spec import Value
 from mitaswap.tokens import TokenLayout
 
@@ -48,6 +50,9 @@ class Agent(Mechanism):
     hand: one of at most 7 x 7 blocks, one of rows, one of columns. Special tokens, which no map
     holds, share one number per agent. B2 [N, n] is made alike. The paper's module is agent+dwc.
 
+    With `bias`, agent i keeps its numbers on every grid, and so its window: the agents stay a x b
+    windows as on the grid that they were built for. Without, `auto` chooses anew for each grid.
+
     Parameters, all zero at first, for a grid of h x w:
         keys_block, queries_block [H, n, min(7, h), min(7, w)], keys_rows, queries_rows [H, n, h,
             1], keys_columns, queries_columns [H, n, 1, w]: the maps of B1 and of B2.
@@ -62,10 +67,11 @@ class Agent(Mechanism):
         expert_count="1 shared",
         construction="landmark probing",
         topology="all-to-one",
-        source="Han et al. 2024, Eq. 4",
+        source="Han et al. 2024, arXiv 2312.08874, Eq. 4",
         cost="N n d",
         untrained="usable",
     )
+    limits = (("agent(n=9,bias=true)", "agent(n=9)"),)
     samples = ({}, {"n": 9}, {"n": 8, "pool": "2x4"}, {"n": 6}, {"n": 12, "bias": True})
     traits = frozenset(
         {"linear", "averages", "convex", "scaled", "heads", "key-set", "special-set", "mirror"}
@@ -74,21 +80,36 @@ class Agent(Mechanism):
     axes = (("N", "n"),)
 
     def check(self, layout: TokenLayout, head_dim: int) -> None:
-        if not 1 <= self.options.n <= layout.patches:
+        patches = layout.patches
+        in_range(self, "n", self.options.n, 1, patches, f"patches (tokens {layout})")
+        self._shape(layout)
+        if self.options.impl == "fused" and self.options.bias:
             raise MitaswapError(
-                f"{self.spec} needs 1 <= n <= {layout.patches} patches (tokens {layout}); use "
-                f"n={layout.patches} or fewer"
+                f"{self.spec} has no kernel for bias=true; use impl=auto or impl=reference"
             )
-        pool_shape(self.options.n, layout.grid, self.options.pool)
 
     @classmethod
     def suggest(cls, layout: TokenLayout) -> dict[str, Value]:
         height, width = (min(side, 7) for side in layout.grid)
         return {} if height == width == 7 else {"n": height * width}
 
+    def _shape(self, layout: TokenLayout) -> tuple[int, int]:
+        """Rows and columns of the agents' windows."""
+        if self.site is None or not self.options.bias:
+            return pool_shape(self.options.n, layout.grid, self.options.pool)
+        a, b = self.windows
+        if a > layout.grid[0] or b > layout.grid[1]:
+            raise MitaswapError(
+                f"{self.spec} was built on tokens {self.site.layout}: its biases belong to {a}x{b} "
+                f"windows, more than tokens {layout} have rows or columns; use bias=false, or "
+                f"images of at least {a}x{b} patches"
+            )
+        return a, b
+
     def build(self, site: SiteShape) -> None:
         if not self.options.bias:
             return
+        self.windows = pool_shape(self.options.n, site.layout.grid, self.options.pool)
         height, width = site.layout.grid
         shapes: dict[str, tuple[int, ...]] = {
             "block": (min(BLOCKS, height), min(BLOCKS, width)),
@@ -110,11 +131,41 @@ class Agent(Mechanism):
     def branch(
         self, q: Tensor, k: Tensor, v: Tensor, *, layout: TokenLayout, scale: float, **extra: Any
     ) -> Branch:
-        agents = landmarks(q, layout, self.options.n, self.options.pool)
+        agents = pool_tokens(q, layout.prefix, layout.grid, self._shape(layout))
         to_keys, to_queries = self._bias("keys", layout, q), self._bias("queries", layout, q)
         values, _ = attend(agents, k, v, scale, to_keys)
         to_agents = to_queries if to_queries is None else to_queries.transpose(-1, -2)
         return attend(q, agents, values, scale, to_agents)
+
+    def _unfit(self, q: Tensor, k: Tensor, v: Tensor) -> str:
+        """What the kernels cannot take; empty if nothing."""
+        return "bias=true" if self.options.bias else unfit(q, k, v)
+
+    def fused(
+        self, q: Tensor, k: Tensor, v: Tensor, *, layout: TokenLayout, scale: float, **extra: Any
+    ) -> Tensor:
+        if problem := self._unfit(q, k, v):
+            raise MitaswapError(
+                f"{self.spec} has no kernel for {problem}; use impl=auto or impl=reference"
+            )
+        from mitaswap.kernels.agent import Windows, agent_attention
+
+        windows = Windows(layout.prefix, *layout.grid, *self._shape(layout))
+        return agent_attention(q, k, v, windows, scale)
+
+    def run(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layout: TokenLayout,
+        scale: float,
+        extra: dict[str, Any],
+    ) -> Tensor:
+        impl = self.options.impl
+        if impl == "fused" or (impl == "auto" and q.is_cuda and not self._unfit(q, k, v)):
+            return self.fused(q, k, v, layout=layout, scale=scale, **extra)
+        return self.reference(q, k, v, layout=layout, scale=scale, **extra)
 
     def _bias(self, side: str, layout: TokenLayout, like: Tensor) -> Tensor | None:
         """One direction's bias between agents and all tokens, [H, n, N]; None without bias."""

@@ -10,13 +10,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mitaswap.errors import MitaswapError
 from mitaswap.mechanisms._base import MECHANISMS, Mechanism, Options
 from mitaswap.mechanisms._card import Card, Cost, Routing, SiteShape
 from mitaswap.operators.counting import attend_flops, product_flops
 from mitaswap.operators.experts import Branch, attend, take
 from mitaswap.operators.pool import pool_shape
 from mitaswap.operators.precision import outside_autocast, working
+from mitaswap.operators.ranges import in_range
 from mitaswap.operators.routed import special_flops, special_routing, with_special
 from mitaswap.operators.select import best_indices
 from mitaswap.operators.windows import Windows, cut, ragged_size
@@ -67,6 +67,7 @@ class Bra(Mechanism):
         cost="n^2 d + N (N / n) k d",
         untrained="usable",
     )
+    limits = (("bra(n=9,k=9)", "standard"),)
     samples = (
         {"n": 16, "k": 3},
         {"n": 12, "k": 2, "graph": "per-head"},
@@ -90,12 +91,8 @@ class Bra(Mechanism):
             ("n", o.n, layout.patches, "patches"),
             ("k", o.k, o.n, "regions (n)"),
         ):
-            if not 1 <= value <= most:
-                raise MitaswapError(
-                    f"{self.spec}: {name}={value} must be between 1 and the {most} {of} (tokens "
-                    f"{layout}); use {name}={min(max(value, 1), most)}"
-                )
-        pool_shape(o.n, layout.grid, o.pool)
+            in_range(self, name, value, 1, most, f"{of} (tokens {layout})")
+        pool_shape(o.n, layout.grid, o.pool, asker=self, what="windows")
 
     @classmethod
     def suggest(cls, layout: TokenLayout) -> dict[str, Value]:

@@ -16,6 +16,7 @@ from mitaswap.mechanisms._base import MECHANISMS, Mechanism, Options
 from mitaswap.mechanisms._card import Card, Cost, SiteShape
 from mitaswap.operators.counting import attend_flops, depthwise_flops, product_flops
 from mitaswap.operators.precision import outside_autocast, working
+from mitaswap.operators.ranges import at_least, in_range
 from mitaswap.operators.routed import special_flops, with_special
 from mitaswap.operators.sampling import bilinear, raster
 from mitaswap.tokens import TokenLayout
@@ -83,6 +84,7 @@ class Dat(Mechanism):
         cost="N^2 d / r^2",
         untrained="usable",
     )
+    limits = (("dat(stride=1)", "standard"),)
     samples = (
         {},
         {"stride": 1, "bias": False},
@@ -108,26 +110,20 @@ class Dat(Mechanism):
 
     def check(self, layout: TokenLayout, head_dim: int) -> None:
         o, most = self.options, min(layout.grid)
-        if not 1 <= o.stride <= most:
-            raise MitaswapError(
-                f"{self.spec}: stride={o.stride} must be between 1 and the grid's {most} rows or "
-                f"columns (tokens {layout}); use stride={min(max(o.stride, 1), most)}"
-            )
+        of = f"patches along the grid's smaller side (tokens {layout})"
+        in_range(self, "stride", o.stride, 1, most, of)
         if o.kernel < 1 or o.kernel % 2 == 0:
             raise MitaswapError(
                 f"{self.spec}: kernel={o.kernel} must be odd; use kernel={max(o.kernel + 1, 1)}"
             )
-        if o.groups < 1:
-            raise MitaswapError(f"{self.spec}: groups={o.groups} must be at least 1; use groups=1")
-        if not o.reach >= 0:
-            raise MitaswapError(
-                f"{self.spec}: reach={o.reach} must not be negative; use reach=0.0 for no limit"
-            )
+        at_least(self, "groups", o.groups, 1)
+        at_least(self, "reach", o.reach, 0, "which is no limit")
 
     def build(self, site: SiteShape) -> None:
         o = self.options
         if site.heads % o.groups:
-            near = max(n for n in range(1, o.groups) if site.heads % n == 0)
+            divisors = [n for n in range(1, site.heads + 1) if site.heads % n == 0]
+            near = min(divisors, key=lambda n: abs(n - o.groups))
             raise MitaswapError(
                 f"{self.spec}: groups={o.groups} must divide the {site.heads} heads; use "
                 f"groups={near}"

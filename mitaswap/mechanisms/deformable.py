@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mitaswap.errors import MitaswapError
 from mitaswap.mechanisms._base import MECHANISMS, Mechanism, Options
 from mitaswap.mechanisms._card import Card, Cost, SiteShape
 from mitaswap.operators.counting import product_flops
 from mitaswap.operators.precision import outside_autocast, working
+from mitaswap.operators.ranges import at_least
 from mitaswap.operators.routed import special_flops, with_special
 from mitaswap.operators.sampling import bilinear, raster
 from mitaswap.tokens import TokenLayout
@@ -70,10 +70,7 @@ class Deformable(Mechanism):
     axes = (("K", "points"),)
 
     def check(self, layout: TokenLayout, head_dim: int) -> None:
-        if self.options.points < 1:
-            raise MitaswapError(
-                f"{self.spec}: points={self.options.points} must be at least 1; use points=1"
-            )
+        at_least(self, "points", self.options.points, 1)
 
     def build(self, site: SiteShape) -> None:
         points = self.options.points

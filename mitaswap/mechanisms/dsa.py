@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mitaswap.errors import MitaswapError
 from mitaswap.mechanisms._base import MECHANISMS, Mechanism, Options
 from mitaswap.mechanisms._card import Card, Cost, Routing, SiteShape
 from mitaswap.operators.chosen import attend_chosen, chunks, keep_top, own_choice
@@ -19,6 +18,7 @@ from mitaswap.operators.counting import attend_flops, product_flops
 from mitaswap.operators.experts import Branch
 from mitaswap.operators.orthogonal import orthogonal
 from mitaswap.operators.precision import outside_autocast, working
+from mitaswap.operators.ranges import at_least, in_range
 from mitaswap.operators.select import top_indices
 from mitaswap.spec import Value
 from mitaswap.tokens import TokenLayout
@@ -83,6 +83,7 @@ class Dsa(Mechanism):
         cost="N^2 d_I + N k d",
         untrained="usable",
     )
+    limits = (("dsa(k={tokens})", "standard"),)
     samples = (
         {"k": 13},
         {"k": 9, "index_heads": 2, "index_dim": 5, "norm": True},
@@ -107,16 +108,9 @@ class Dsa(Mechanism):
 
     def check(self, layout: TokenLayout, head_dim: int) -> None:
         o, tokens = self.options, layout.tokens
-        if not 1 <= o.k <= tokens:
-            raise MitaswapError(
-                f"{self.spec}: k={o.k} must be between 1 and the {tokens} tokens (tokens {layout}"
-                f"); use k={min(max(o.k, 1), tokens)}"
-            )
-        for name, value, least in ("index_heads", o.index_heads, 0), ("index_dim", o.index_dim, 1):
-            if value < least:
-                raise MitaswapError(
-                    f"{self.spec}: {name}={value} must be {least} or more; use {name}={least}"
-                )
+        in_range(self, "k", o.k, 1, tokens, f"tokens (tokens {layout})")
+        at_least(self, "index_heads", o.index_heads, 0)
+        at_least(self, "index_dim", o.index_dim, 1)
 
     @classmethod
     def suggest(cls, layout: TokenLayout) -> dict[str, Value]:
@@ -197,8 +191,7 @@ class Dsa(Mechanism):
         if not self.routes:
             return None
         if self.site is None:
-            self.attach(SiteShape(q.shape[1], q.shape[3], layout))
-            self.to(q.device)
+            return self._twin(q, layout).route(q, k, layout=layout, scale=scale)
         q, k = working(q, k)
         index = self._index(q, k, None)
         scores = (self._scores(*index, rows) for rows in chunks(q.shape[2]))

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mitaswap.errors import MitaswapError
 from mitaswap.mechanisms._base import MECHANISMS, Mechanism, Options
 from mitaswap.mechanisms._card import Card, Cost, SiteShape
 from mitaswap.operators.counting import product_flops
 from mitaswap.operators.precision import outside_autocast, working
+from mitaswap.operators.ranges import at_least
 from mitaswap.tokens import TokenLayout
 
 
@@ -77,11 +77,8 @@ class Focused(Mechanism):
         return frozenset(held)
 
     def check(self, layout: TokenLayout, head_dim: int) -> None:
-        if not self.options.factor >= 1:
-            raise MitaswapError(
-                f"{self.spec}: factor={self.options.factor} must be at least 1, which leaves out "
-                "the focusing; use factor=1"
-            )
+        at_least(self, "factor", self.options.factor, 1, "which leaves out the focusing")
+        at_least(self, "eps", self.options.eps, 0)
 
     def build(self, site: SiteShape) -> None:
         if self.options.channel_scale:

@@ -11,10 +11,13 @@ from typing import Any, Literal
 import torch.nn.functional as F
 from torch import Tensor
 
+from mitaswap.errors import MitaswapError
+from mitaswap.kernels import unfit
 from mitaswap.mechanisms._base import MECHANISMS, Mechanism, Options
 from mitaswap.mechanisms._card import Card, Cost, SiteShape
 from mitaswap.operators.counting import product_flops
 from mitaswap.operators.precision import outside_autocast, working
+from mitaswap.operators.ranges import at_least
 from mitaswap.tokens import TokenLayout
 
 
@@ -24,7 +27,8 @@ class LinearOptions(Options):
 
     Args:
         feature: `elu` is elu(x) + 1 (Katharopoulos et al. 2020); `relu`; `softmax` normalises
-            queries over features and keys over tokens (Shen et al. 2021, efficient attention).
+            queries over features and keys over tokens (efficient attention, Shen et al. 2021, arXiv
+            1812.01243).
         norm: `rms` divides queries and keys by their root mean square over all heads first; with
             `feature=relu` and `eps=1e-6` this is the linear baseline of the MiTA authors' released
             code. `none` is the paper's.
@@ -48,7 +52,7 @@ class Linear(Mechanism):
         expert_count="1 shared",
         construction="kernelization",
         topology="all-to-one",
-        source="Katharopoulos et al. 2020, Eq. 5",
+        source="Katharopoulos et al. 2020, arXiv 2006.16236, Eq. 5",
         cost="N d^2",
         untrained="needs finetuning",
     )
@@ -85,6 +89,43 @@ class Linear(Mechanism):
         if self.options.feature != "softmax":  # whose rows sum to one already
             out = out / (q @ k.sum(dim=-2).unsqueeze(-1) + self.options.eps)
         return out.to(dtype)
+
+    def check(self, layout: TokenLayout, head_dim: int) -> None:
+        at_least(self, "eps", self.options.eps, 0)
+        if self.options.impl == "fused" and self.options.norm == "rms":
+            raise MitaswapError(
+                f"{self.spec} has no kernel for norm=rms; use impl=auto or impl=reference"
+            )
+
+    def _unfit(self, q: Tensor, k: Tensor, v: Tensor) -> str:
+        """What the kernels cannot take; empty if nothing."""
+        return "norm=rms" if self.options.norm == "rms" else unfit(q, k, v)
+
+    def fused(
+        self, q: Tensor, k: Tensor, v: Tensor, *, layout: TokenLayout, scale: float, **extra: Any
+    ) -> Tensor:
+        if problem := self._unfit(q, k, v):
+            raise MitaswapError(
+                f"{self.spec} has no kernel for {problem}; use impl=auto or impl=reference"
+            )
+        from mitaswap.kernels.linear import linear_attention
+
+        factor = scale * math.sqrt(q.shape[3])
+        return linear_attention(q, k, v, self.options.feature, factor, self.options.eps)
+
+    def run(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layout: TokenLayout,
+        scale: float,
+        extra: dict[str, Any],
+    ) -> Tensor:
+        impl = self.options.impl
+        if impl == "fused" or (impl == "auto" and q.is_cuda and not self._unfit(q, k, v)):
+            return self.fused(q, k, v, layout=layout, scale=scale, **extra)
+        return self.reference(q, k, v, layout=layout, scale=scale, **extra)
 
     def _features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         if self.options.feature == "elu":

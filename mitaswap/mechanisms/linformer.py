@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mitaswap.errors import MitaswapError
 from mitaswap.mechanisms._base import MECHANISMS, Mechanism, Options
 from mitaswap.mechanisms._card import Card, Cost, SiteShape
 from mitaswap.operators.counting import attend_flops, product_flops
 from mitaswap.operators.experts import Branch, attend
 from mitaswap.operators.pool import pool_shape, pool_tokens
+from mitaswap.operators.ranges import in_range
 from mitaswap.operators.special import split
 from mitaswap.spec import Value
 from mitaswap.tokens import TokenLayout
@@ -65,6 +65,7 @@ class Linformer(Mechanism):
         cost="N n d",
         untrained="usable",
     )
+    limits = (("linformer(n={patches})", "standard"),)
     samples = (
         {},
         {"n": 9, "sharing": "none"},
@@ -84,12 +85,9 @@ class Linformer(Mechanism):
     def check(self, layout: TokenLayout, head_dim: int) -> None:
         if self.site is not None:  # built already: the projections follow any grid
             return
-        if not 1 <= self.options.n <= layout.patches:
-            raise MitaswapError(
-                f"{self.spec} needs 1 <= n <= {layout.patches} patches (tokens {layout}); use "
-                f"n={min(max(self.options.n, 1), layout.patches)}"
-            )
-        pool_shape(self.options.n, layout.grid)
+        n, patches = self.options.n, layout.patches
+        in_range(self, "n", n, 1, patches, f"patches (tokens {layout})")
+        pool_shape(n, layout.grid, asker=self, what="windows")
 
     def build(self, site: SiteShape) -> None:
         o, grid = self.options, site.layout.grid

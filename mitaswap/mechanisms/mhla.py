@@ -12,12 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mitaswap.errors import MitaswapError
 from mitaswap.mechanisms._base import MECHANISMS, Mechanism, Options
 from mitaswap.mechanisms._card import Card, Cost, SiteShape
 from mitaswap.operators.counting import product_flops
 from mitaswap.operators.pool import pool_shape
 from mitaswap.operators.precision import outside_autocast, working
+from mitaswap.operators.ranges import at_least, in_range
+from mitaswap.operators.special import join, split
 from mitaswap.operators.windows import cut, ragged_size
 from mitaswap.tokens import TokenLayout
 
@@ -75,6 +76,7 @@ class Mhla(Mechanism):
         cost="N d^2 + m^2 d^2",
         untrained="needs finetuning",
     )
+    limits = (("mhla(m=8,start=uniform,feature=relu)", "linear(feature=relu)"),)
     samples = (
         {},
         {"m": 4, "feature": "elu"},
@@ -99,16 +101,14 @@ class Mhla(Mechanism):
         return self.options.start == "uniform" or self.options.m == 1
 
     def check(self, layout: TokenLayout, head_dim: int) -> None:
-        if not 1 <= self.options.m <= layout.patches:
-            raise MitaswapError(
-                f"{self.spec}: m={self.options.m} must be between 1 and the "
-                f"{layout.patches} patches (tokens {layout}); "
-                f"use m={min(max(self.options.m, 1), layout.patches)}"
-            )
+        o, patches = self.options, layout.patches
+        in_range(self, "m", o.m, 1, patches, f"patches (tokens {layout})")
+        at_least(self, "eps", o.eps, 0)
         self._shape(layout)
 
     def _shape(self, layout: TokenLayout) -> tuple[int, int]:
-        return pool_shape(self.options.m, layout.grid, self.options.pool)
+        o = self.options
+        return pool_shape(o.m, layout.grid, o.pool, asker=self, what="windows")
 
     def build(self, site: SiteShape) -> None:
         shape = self._shape(site.layout)
@@ -144,14 +144,13 @@ class Mhla(Mechanism):
 
         keys = blocks.split(k) * blocks.inside[..., None].to(k.dtype)  # fillers count for nothing
         summaries = keys.transpose(-1, -2) @ blocks.split(v)  # [B, H, m, D, Dv + 1]
-        queries, keys, values = (_special(x, layout) for x in (q, k, v))
+        queries, keys, values = (split(x, layout)[1] for x in (q, k, v))
         apart = keys.transpose(-1, -2) @ values / self.options.m
 
         mixed = (coefficients @ summaries.flatten(3)).view_as(summaries) + apart[:, :, None]
         patches = blocks.join(blocks.split(q) @ mixed)
         rows = queries @ (summaries.mean(dim=2) + apart)
-        parts = [rows[:, :, : layout.prefix], patches, rows[:, :, layout.prefix :]]
-        out = torch.cat(parts, dim=2)
+        out = join(patches, rows, layout)
         eps = self.options.eps / self.options.m
         return (out[..., :-1] / (out[..., -1:] + eps)).to(dtype)
 
@@ -171,8 +170,3 @@ class Mhla(Mechanism):
             table = F.interpolate(table, shape, mode="bilinear", align_corners=False)
             mixing = table.flatten(1).t()
         return mixing
-
-
-def _special(x: Tensor, layout: TokenLayout) -> Tensor:
-    patches = layout.patch_slice
-    return torch.cat([x[:, :, : patches.start], x[:, :, patches.stop :]], dim=2)

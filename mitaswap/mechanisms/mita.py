@@ -8,21 +8,28 @@ experts whose landmarks it is closest to.
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from mitaswap.errors import MitaswapError
 from mitaswap.mechanisms._base import MECHANISMS, Mechanism, Options
 from mitaswap.mechanisms._card import Card, Cost, Routing, SiteShape
+from mitaswap.operators.blocks import expert_blocks
 from mitaswap.operators.counting import attend_flops, product_flops
-from mitaswap.operators.experts import Branch, attend, attend_experts, expert_blocks, merge, take
+from mitaswap.operators.experts import Branch, attend, attend_experts, merge, take
 from mitaswap.operators.pool import landmarks, pool_shape, pool_tokens
 from mitaswap.operators.precision import outside_autocast, working
+from mitaswap.operators.ranges import in_range
 from mitaswap.operators.select import best_indices, top_indices
 from mitaswap.spec import Value
 from mitaswap.tokens import TokenLayout
+
+#: what the kernels compute in; the landmark scores are float32 in all
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -65,9 +72,16 @@ class Mita(Mechanism):
         expert_count="m (+1 shared)",
         construction="landmark probing",
         topology="N-to-m",
-        source="Wen et al. 2026, Eq. 5-12",
+        source="Wen et al. 2026, arXiv 2602.01219, Eq. 5-12",
         cost="N (m + k s) d",
         untrained="usable",
+    )
+    limits = (
+        ("mita(m=1,k={tokens},variant=route-only)", "standard"),
+        ("mita(m=9,k={tokens},variant=route-only)", "standard"),
+        ("mita(m=9,k={tokens},s=9,variant=route-only)", "standard"),
+        ("mita(m=9,k=5,variant=compress-only)", "agent(n=9)"),
+        ("mita(m=8,k=5,variant=compress-only,pool=2x4)", "agent(n=8,pool=2x4)"),
     )
     samples = (
         {"m": 9, "k": 7},
@@ -98,12 +112,7 @@ class Mita(Mechanism):
             "s": (o.s, o.m, "experts (m)"),
         }
         for name, (value, most, of) in limits.items():
-            if not 1 <= value <= most:
-                raise MitaswapError(
-                    f"{self.spec}: {name}={value} must be between 1 and the {most} {of} (tokens "
-                    f"{layout}); "
-                    f"use {name}={min(max(value, 1), most)}"
-                )
+            in_range(self, name, value, 1, most, f"{of} (tokens {layout})")
         pool_shape(o.m, layout.grid, o.pool)
 
     @property
@@ -155,6 +164,42 @@ class Mita(Mechanism):
             branches += [attend_experts(q, keys, values, choice[..., j], scale) for j in range(o.s)]
         return merge(branches)  # Eq. 10
 
+    def fused(
+        self, q: Tensor, k: Tensor, v: Tensor, *, layout: TokenLayout, scale: float, **extra: Any
+    ) -> Tensor:
+        problem = _unfit(q, k, v)
+        if problem:
+            raise MitaswapError(
+                f"{self.spec} has no kernel for {problem}; use impl=auto or impl=reference"
+            )
+        from mitaswap.kernels.mita import Sizes, mita_attention
+
+        o = self.options
+        sizes = Sizes(
+            0 if o.landmark_tokens == "released" else layout.prefix,
+            *layout.grid,
+            *pool_shape(o.m, layout.grid, o.pool),
+            0 if o.variant == "compress-only" else o.k,
+            o.s,
+            int(o.variant != "route-only"),
+        )
+        again = scale * scale if o.shared_scale == "released" else scale
+        return mita_attention(q, k, v, sizes, scale, again)
+
+    def run(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layout: TokenLayout,
+        scale: float,
+        extra: dict[str, Any],
+    ) -> Tensor:
+        impl = self.options.impl
+        if impl == "fused" or (impl == "auto" and q.is_cuda and not _unfit(q, k, v)):
+            return self.fused(q, k, v, layout=layout, scale=scale, **extra)
+        return self.reference(q, k, v, layout=layout, scale=scale, **extra)
+
     @outside_autocast
     def route(self, q: Tensor, k: Tensor, *, layout: TokenLayout, scale: float) -> Routing | None:
         if not self.routes:
@@ -163,3 +208,17 @@ class Mita(Mechanism):
         marks = self._landmarks(q, layout)
         members = top_indices((marks * scale) @ k.transpose(-1, -2), self.options.k)
         return Routing(members, best_indices(q @ marks.transpose(-1, -2), self.options.s))
+
+
+def _unfit(q: Tensor, k: Tensor, v: Tensor) -> str:
+    """What the kernels cannot take of these tensors; empty if all."""
+    dim = q.shape[3]
+    if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"tensors on {q.device.type}, only for CUDA"
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in _DTYPES:
+        return f"{q.dtype}, {k.dtype}, {v.dtype}, only for one of float16, bfloat16, float32"
+    if v.shape[3] != dim or dim % 8 or not 16 <= dim <= 256:
+        return f"head dimensions {dim}, {v.shape[3]}, only for one multiple of 8 from 16 to 256"
+    if not torch.compiler.is_compiling() and torch._C._functorch.maybe_get_level(q) >= 0:
+        return "tensors under a function transform (vmap, jvp)"
+    return ""

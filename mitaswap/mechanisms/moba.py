@@ -13,10 +13,12 @@ from torch import Tensor
 from mitaswap.errors import MitaswapError
 from mitaswap.mechanisms._base import MECHANISMS, Mechanism, Options
 from mitaswap.mechanisms._card import Card, Cost, Routing, SiteShape
+from mitaswap.operators.blocks import expert_blocks
 from mitaswap.operators.counting import attend_flops, product_flops
-from mitaswap.operators.experts import Branch, attend_experts, expert_blocks
+from mitaswap.operators.experts import Branch, attend_experts
 from mitaswap.operators.pool import pool_shape
 from mitaswap.operators.precision import outside_autocast, working
+from mitaswap.operators.ranges import in_range
 from mitaswap.operators.routed import special_flops, special_routing, with_special
 from mitaswap.operators.select import best_indices
 from mitaswap.operators.windows import Windows, cut, ragged_size, runs
@@ -67,6 +69,10 @@ class Moba(Mechanism):
         cost="N n d + N (N / n) k d",
         untrained="usable",
     )
+    limits = (
+        ("moba(n=4,k=4)", "standard"),
+        ("moba(n=4,k=4,blocks=windows)", "standard"),
+    )
     samples = (
         {"n": 8, "k": 4},
         {"n": 9, "k": 5, "own": True},
@@ -91,13 +97,9 @@ class Moba(Mechanism):
             ("n", o.n, layout.patches, "patches"),
             ("k", o.k, o.n, "blocks (n)"),
         ):
-            if not 1 <= value <= most:
-                raise MitaswapError(
-                    f"{self.spec}: {name}={value} must be between 1 and the {most} {of} (tokens "
-                    f"{layout}); use {name}={min(max(value, 1), most)}"
-                )
+            in_range(self, name, value, 1, most, f"{of} (tokens {layout})")
         if o.blocks == "windows":
-            pool_shape(o.n, layout.grid, o.pool)
+            pool_shape(o.n, layout.grid, o.pool, asker=self, what="windows")
         elif o.pool != "auto":
             raise MitaswapError(
                 f"{self.spec}: pool={o.pool} is a shape of windows; use blocks=windows or pool=auto"

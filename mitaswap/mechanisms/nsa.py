@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from mitaswap.errors import MitaswapError
 from mitaswap.mechanisms._base import MECHANISMS, Mechanism, Options
 from mitaswap.mechanisms._card import Card, Cost, Routing, SiteShape
+from mitaswap.operators.blocks import expert_blocks
 from mitaswap.operators.compress import BlockMap
 from mitaswap.operators.counting import attend_flops, product_flops
-from mitaswap.operators.experts import Branch, attend, attend_experts, expert_blocks, merge
+from mitaswap.operators.experts import Branch, attend, attend_experts, merge
 from mitaswap.operators.neighbourhood import attend_near, near_flops
 from mitaswap.operators.precision import outside_autocast, working
+from mitaswap.operators.ranges import at_least, in_range
 from mitaswap.operators.routed import special_flops, special_routing
 from mitaswap.operators.select import best_indices
 from mitaswap.operators.special import join, split
@@ -113,14 +115,9 @@ class Nsa(Mechanism):
 
     def check(self, layout: TokenLayout, head_dim: int) -> None:
         o = self.options
-        if o.block < 1:
-            raise MitaswapError(f"{self.spec}: block={o.block} must be 1 or more; use block=1")
+        at_least(self, "block", o.block, 1)
         count = math.prod(self._cut(layout)[1])
-        if not 1 <= o.k <= count:
-            raise MitaswapError(
-                f"{self.spec}: k={o.k} must be between 1 and the {count} blocks (tokens {layout}); "
-                f"use k={min(max(o.k, 1), count)}"
-            )
+        in_range(self, "k", o.k, 1, count, f"blocks (tokens {layout})")
         if o.window < 1 or o.window % 2 == 0:
             raise MitaswapError(
                 f"{self.spec}: window={o.window} must be odd, with the query in its middle; use "
@@ -239,9 +236,7 @@ class Nsa(Mechanism):
     @outside_autocast
     def route(self, q: Tensor, k: Tensor, *, layout: TokenLayout, scale: float) -> Routing | None:
         if self.site is None:
-            fresh = Nsa(self.options)
-            fresh.attach(SiteShape(q.shape[1], q.shape[3], layout))
-            return fresh.to(q.device).route(q, k, layout=layout, scale=scale)
+            return self._twin(q, layout).route(q, k, layout=layout, scale=scale)
         q, k = (x.contiguous() for x in working(q, k))
         windows = self._windows(layout, q.device)
         small = self._compress(k, "key_map", layout, windows)

@@ -10,13 +10,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mitaswap.errors import MitaswapError
 from mitaswap.mechanisms._base import MECHANISMS, Mechanism, Options
 from mitaswap.mechanisms._card import Card, Cost, SiteShape
 from mitaswap.operators.counting import attend_flops, product_flops
 from mitaswap.operators.experts import attend
 from mitaswap.operators.pool import landmarks, pool_shape, pool_tokens
 from mitaswap.operators.precision import outside_autocast, working
+from mitaswap.operators.ranges import at_least, in_range
 from mitaswap.spec import Value
 from mitaswap.tokens import TokenLayout
 
@@ -68,6 +68,10 @@ class Nystrom(Mechanism):
         cost="N m d + m^3",
         untrained="usable",
     )
+    limits = (
+        ("nystrom(m={tokens},inverse=exact)", "standard"),
+        ("nystrom(m={tokens},iterations=30)", "standard"),
+    )
     samples = (
         {"m": 9},
         {"m": 6, "landmarks": "windows", "iterations": 4},
@@ -99,15 +103,10 @@ class Nystrom(Mechanism):
         o = self.options
         windows = o.landmarks == "windows"
         most, of = (layout.patches, "patches") if windows else (layout.tokens, "tokens")
-        if not 1 <= o.m <= most:
-            raise MitaswapError(
-                f"{self.spec} needs 1 <= m <= {most} {of} (tokens {layout}); use "
-                f"m={min(max(o.m, 1), most)}"
-            )
-        if o.iterations < 1:
-            raise MitaswapError(f"{self.spec} needs iterations >= 1; use iterations=1")
+        in_range(self, "m", o.m, 1, most, f"{of} (tokens {layout})")
+        at_least(self, "iterations", o.iterations, 1)
         if windows:
-            pool_shape(o.m, layout.grid)
+            pool_shape(o.m, layout.grid, asker=self)
 
     def cost(self, site: SiteShape) -> Cost:
         o, n, d, dv = self.options, site.layout.tokens, site.head_dim, site.value_dim

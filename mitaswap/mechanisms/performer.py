@@ -11,11 +11,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mitaswap.errors import MitaswapError
 from mitaswap.mechanisms._base import MECHANISMS, Mechanism, Options
 from mitaswap.mechanisms._card import Card, Cost, SiteShape
 from mitaswap.operators.counting import product_flops
 from mitaswap.operators.precision import outside_autocast, working
+from mitaswap.operators.ranges import at_least
 from mitaswap.tokens import TokenLayout
 
 
@@ -82,8 +82,8 @@ class Performer(Mechanism):
     )
 
     def check(self, layout: TokenLayout, head_dim: int) -> None:
-        if self.options.features < 0:
-            raise MitaswapError(f"{self.spec} needs features >= 1, or 0 for d ln d; use features=0")
+        at_least(self, "features", self.options.features, 0, "which stands for d ln d")
+        at_least(self, "eps", self.options.eps, 0)
 
     def _count(self, dim: int) -> int:
         return self.options.features or max(dim, int(dim * math.log(dim)))

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mitaswap.errors import MitaswapError
 from mitaswap.mechanisms._base import MECHANISMS, Mechanism, Options
 from mitaswap.mechanisms._card import Card, Cost, SiteShape
 from mitaswap.operators.counting import product_flops
 from mitaswap.operators.precision import outside_autocast, working
+from mitaswap.operators.ranges import at_least
 from mitaswap.tokens import TokenLayout
 
 
@@ -87,11 +87,8 @@ class Polaformer(Mechanism):
         return frozenset({"x"} if self.options.gate else ())
 
     def check(self, layout: TokenLayout, head_dim: int) -> None:
-        if not self.options.alpha >= 0:
-            raise MitaswapError(
-                f"{self.spec}: alpha={self.options.alpha} must not be negative, exponents are at "
-                "least 1; use alpha=0"
-            )
+        at_least(self, "alpha", self.options.alpha, 0, "as exponents are at least 1")
+        at_least(self, "eps", self.options.eps, 0)
 
     def build(self, site: SiteShape) -> None:
         self.power = nn.Parameter(torch.zeros(site.heads, site.head_dim))

@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mitaswap.errors import MitaswapError
 from mitaswap.mechanisms._base import MECHANISMS, Mechanism, Options
 from mitaswap.mechanisms._card import Card, Cost, SiteShape
-from mitaswap.operators.chosen import chunks
+from mitaswap.operators.chosen import attend_all
 from mitaswap.operators.counting import attend_flops, product_flops
-from mitaswap.operators.experts import Branch, attend
+from mitaswap.operators.experts import Branch
 from mitaswap.operators.pool import pool_tokens
+from mitaswap.operators.ranges import at_least, in_range
 from mitaswap.operators.special import split
 from mitaswap.tokens import TokenLayout
 
@@ -73,6 +73,7 @@ class Pvt(Mechanism):
         cost="N^2 d / r^2",
         untrained="usable",
     )
+    limits = (("pvt(r=1)", "standard"),)
     samples = (
         {"r": 3},
         {"r": 4, "mix": "width"},
@@ -91,13 +92,11 @@ class Pvt(Mechanism):
 
     def check(self, layout: TokenLayout, head_dim: int) -> None:
         o, side = self.options, min(layout.grid)
-        if o.reduction == "conv" and not 1 <= o.r <= side:
-            raise MitaswapError(
-                f"{self.spec} needs 1 <= r <= {side}, the smaller side of the grid (tokens "
-                f"{layout}); use r={min(max(o.r, 1), side)}"
-            )
-        if o.reduction == "pool" and o.size < 1:
-            raise MitaswapError(f"{self.spec} needs size >= 1; use size=1")
+        if o.reduction == "conv":
+            of = f"patches along the grid's smaller side (tokens {layout})"
+            in_range(self, "r", o.r, 1, side, of)
+        else:
+            at_least(self, "size", o.size, 1)
 
     def build(self, site: SiteShape) -> None:
         if self.options.reduction == "pool":
@@ -135,9 +134,7 @@ class Pvt(Mechanism):
     ) -> Branch:
         keys, values = self._entries(k, "key", layout), self._entries(v, "value", layout)
         # there may be N / r^2 entries: all scores at once would be too many on large grids
-        parts = [attend(q[:, :, rows], keys, values, scale) for rows in chunks(q.shape[2])]
-        out, lse = (torch.cat(x, dim=2) for x in zip(*parts, strict=True))
-        return out, lse
+        return attend_all(q, keys, values, scale)
 
     def _entries(self, x: Tensor, part: Literal["key", "value"], layout: TokenLayout) -> Tensor:
         """Special tokens of x [B, H, N, D] as they are, then its reduced patches."""

@@ -14,11 +14,12 @@ from torch import Tensor
 from mitaswap.errors import MitaswapError
 from mitaswap.mechanisms._base import MECHANISMS, Mechanism, Options
 from mitaswap.mechanisms._card import Card, Cost, Routing, SiteShape
-from mitaswap.operators.blocks import owner_blocks
+from mitaswap.operators.blocks import expert_blocks, owner_blocks
 from mitaswap.operators.counting import attend_flops, product_flops
-from mitaswap.operators.experts import Branch, expert_blocks, merge, take
+from mitaswap.operators.experts import Branch, merge, take
 from mitaswap.operators.masked import attend_masked, fallback
 from mitaswap.operators.precision import outside_autocast, working
+from mitaswap.operators.ranges import at_least, in_range
 from mitaswap.spec import Value
 from mitaswap.tokens import TokenLayout
 
@@ -99,18 +100,13 @@ class Reformer(Mechanism):
 
     def check(self, layout: TokenLayout, head_dim: int) -> None:
         o = self.options
-        if not 1 <= o.chunk <= layout.tokens:
-            raise MitaswapError(
-                f"{self.spec}: chunk={o.chunk} must be between 1 and the {layout.tokens} tokens "
-                f"(tokens {layout}); use chunk={min(max(o.chunk, 1), layout.tokens)}"
-            )
+        in_range(self, "chunk", o.chunk, 1, layout.tokens, f"tokens (tokens {layout})")
         if o.buckets < 0 or o.buckets % 2:
             raise MitaswapError(
                 f"{self.spec}: buckets={o.buckets} must be even (each rotation gives two), or 0 "
                 f"for 2 N / chunk; use buckets={max(o.buckets + 1, 0)}"
             )
-        if o.rounds < 1:
-            raise MitaswapError(f"{self.spec}: rounds={o.rounds} must be 1 or more; use rounds=1")
+        at_least(self, "rounds", o.rounds, 1)
 
     @classmethod
     def suggest(cls, layout: TokenLayout) -> dict[str, Value]:
@@ -206,9 +202,7 @@ class Reformer(Mechanism):
     @outside_autocast
     def route(self, q: Tensor, k: Tensor, *, layout: TokenLayout, scale: float) -> Routing | None:
         if self.site is None:
-            own = Reformer(self.options)
-            own.attach(SiteShape(q.shape[1], q.shape[3], layout))
-            return own.to(q.device).route(q, k, layout=layout, scale=scale)
+            return self._twin(q, layout).route(q, k, layout=layout, scale=scale)
         q, k = working(q, k)
         rounds = self._rounds(q, k)
         itself = torch.arange(q.shape[2], device=q.device).expand(q.shape[:3]).unsqueeze(-1)

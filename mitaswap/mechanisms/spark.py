@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mitaswap.errors import MitaswapError
 from mitaswap.mechanisms._base import MECHANISMS, Mechanism, Options
 from mitaswap.mechanisms._card import Card, Cost, Routing, SiteShape
 from mitaswap.operators.chosen import chunks, own_choice
 from mitaswap.operators.counting import product_flops
 from mitaswap.operators.precision import outside_autocast, working
+from mitaswap.operators.ranges import in_range
 from mitaswap.operators.select import top_indices
 from mitaswap.spec import Value
 from mitaswap.tokens import TokenLayout
@@ -68,6 +68,7 @@ class Spark(Mechanism):
         cost="N^2 r + N k d",
         untrained="needs finetuning",
     )
+    limits = (("spark(k={tokens},gate=exp,select=exact)", "standard"),)
     samples = (
         {"k": 2},
         {"k": 14, "gate": "exp"},
@@ -89,16 +90,8 @@ class Spark(Mechanism):
 
     def check(self, layout: TokenLayout, head_dim: int) -> None:
         k, r, tokens = self.options.k, self.options.r, layout.tokens
-        if not 1 <= k <= tokens:
-            raise MitaswapError(
-                f"{self.spec}: k={k} must be between 1 and the {tokens} tokens (tokens {layout}); "
-                f"use k={min(max(k, 1), tokens)}"
-            )
-        if not 0 <= r <= head_dim:
-            raise MitaswapError(
-                f"{self.spec}: r={r} must be between 1 and the {head_dim} features of a head, or 0 "
-                f"for half of them; use r={min(max(r, 0), head_dim)}"
-            )
+        in_range(self, "k", k, 1, tokens, f"tokens (tokens {layout})")
+        in_range(self, "r", r, 0, head_dim, "features of a head (0 is half of them)")
 
     @classmethod
     def suggest(cls, layout: TokenLayout) -> dict[str, Value]:

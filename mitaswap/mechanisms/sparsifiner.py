@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mitaswap.errors import MitaswapError
 from mitaswap.mechanisms._base import MECHANISMS, Mechanism, Options
 from mitaswap.mechanisms._card import Card, Cost, Routing, SiteShape
 from mitaswap.operators.chosen import attend_chosen, chunks, keep_top, own_choice
@@ -20,6 +19,7 @@ from mitaswap.operators.experts import Branch
 from mitaswap.operators.orthogonal import orthogonal
 from mitaswap.operators.pool import pool_shape
 from mitaswap.operators.precision import outside_autocast, working
+from mitaswap.operators.ranges import at_least, in_range
 from mitaswap.operators.routed import special_flops, with_special
 from mitaswap.operators.select import top_indices
 from mitaswap.operators.special import join, split
@@ -88,6 +88,7 @@ class Sparsifiner(Mechanism):
         cost="N^2 + N (n + k) d",
         untrained="usable",
     )
+    limits = (("sparsifiner(k={patches})", "standard"),)
     samples = (
         {"k": 14, "n": 9, "coefficients": 9},
         {"k": 9, "n": 8, "pool": "2x4", "coefficients": 8, "channels": 3},
@@ -112,19 +113,15 @@ class Sparsifiner(Mechanism):
 
     def check(self, layout: TokenLayout, head_dim: int) -> None:
         o = self.options
-        limits = {
-            "k": (o.k, 1, layout.patches, "patches"),
-            "coefficients": (o.coefficients, 1, o.n, "of the basis (n)"),
-        }
-        for name, (value, least, most, of) in limits.items():
-            if not least <= value <= most:
-                raise MitaswapError(
-                    f"{self.spec}: {name}={value} must be between {least} and the {most} {of} "
-                    f"(tokens {layout}); use {name}={min(max(value, least), most)}"
-                )
-        if o.channels < 0:
-            raise MitaswapError(f"{self.spec}: channels={o.channels} must be 0 or more")
-        pool_shape(o.n, layout.grid, o.pool)
+        for name, value, most, of in (
+            ("k", o.k, layout.patches, "patches"),
+            ("n", o.n, layout.patches, "patches"),
+            ("coefficients", o.coefficients, o.n, "of the basis (n)"),
+        ):
+            in_range(self, name, value, 1, most, f"{of} (tokens {layout})")
+        at_least(self, "channels", o.channels, 0)
+        at_least(self, "threshold", o.threshold, 0)
+        pool_shape(o.n, layout.grid, o.pool, asker=self, what="windows")
 
     @classmethod
     def suggest(cls, layout: TokenLayout) -> dict[str, Value]:
@@ -213,8 +210,7 @@ class Sparsifiner(Mechanism):
     @outside_autocast
     def route(self, q: Tensor, k: Tensor, *, layout: TokenLayout, scale: float) -> Routing | None:
         if self.site is None:
-            self.attach(SiteShape(q.shape[1], q.shape[3], layout))
-            self.to(q.device)
+            return self._twin(q, layout).route(q, k, layout=layout, scale=scale)
         q, k = working(q, k)
         coefficients = self._coefficients(q, k, layout, scale)
         basis = self._basis(layout, q.dtype)

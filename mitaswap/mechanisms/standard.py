@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mitaswap.mechanisms._base import MECHANISMS, Mechanism
 from mitaswap.mechanisms._card import Card, Cost, SiteShape
-from mitaswap.operators.chosen import chunks
+from mitaswap.operators.chosen import attend_all
 from mitaswap.operators.counting import attend_flops
-from mitaswap.operators.experts import Branch, attend
+from mitaswap.operators.experts import Branch
 from mitaswap.tokens import TokenLayout
 
 
@@ -28,7 +27,7 @@ class Standard(Mechanism):
         expert_count="1",
         construction="all key-value pairs",
         topology="all-to-one",
-        source="Vaswani et al. 2017, Eq. 1",
+        source="Vaswani et al. 2017, arXiv 1706.03762, Eq. 1",
         cost="N^2 d",
         untrained="usable",
     )
@@ -46,9 +45,7 @@ class Standard(Mechanism):
     def branch(
         self, q: Tensor, k: Tensor, v: Tensor, *, layout: TokenLayout, scale: float, **extra: Any
     ) -> Branch:
-        parts = [attend(q[:, :, rows], k, v, scale) for rows in chunks(q.shape[2])]
-        out, lse = (torch.cat(x, dim=2) for x in zip(*parts, strict=True))
-        return out, lse
+        return attend_all(q, k, v, scale)
 
     def cost(self, site: SiteShape) -> Cost:
         n = site.layout.tokens

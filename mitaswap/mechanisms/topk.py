@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mitaswap.errors import MitaswapError
 from mitaswap.mechanisms._base import MECHANISMS, Mechanism, Options
 from mitaswap.mechanisms._card import Card, Cost, Routing, SiteShape
 from mitaswap.operators.chosen import attend_chosen, chunks, keep_top, own_choice
 from mitaswap.operators.counting import product_flops
 from mitaswap.operators.experts import Branch
 from mitaswap.operators.precision import outside_autocast, working
+from mitaswap.operators.ranges import in_range
 from mitaswap.operators.select import top_indices
 from mitaswap.spec import Value
 from mitaswap.tokens import TokenLayout
@@ -55,6 +55,7 @@ class Topk(Mechanism):
         cost="N^2 d",
         untrained="usable",
     )
+    limits = (("topk(k={tokens})", "standard"),)
     samples = ({"k": 30}, {"k": 48})
     traits = frozenset(
         {"linear", "averages", "convex", "scaled", "heads", "key-set", "pointwise", "special-set"}
@@ -67,12 +68,8 @@ class Topk(Mechanism):
         return True
 
     def check(self, layout: TokenLayout, head_dim: int) -> None:
-        k, most = self.options.k, layout.tokens
-        if not 1 <= k <= most:
-            raise MitaswapError(
-                f"{self.spec}: k={k} must be between 1 and the {most} tokens (tokens {layout}); "
-                f"use k={min(max(k, 1), most)}"
-            )
+        most = layout.tokens
+        in_range(self, "k", self.options.k, 1, most, f"tokens (tokens {layout})")
 
     @classmethod
     def suggest(cls, layout: TokenLayout) -> dict[str, Value]:

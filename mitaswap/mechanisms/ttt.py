@@ -19,6 +19,7 @@ from mitaswap.mechanisms._base import MECHANISMS, Mechanism, Options
 from mitaswap.mechanisms._card import Card, Cost, SiteShape
 from mitaswap.operators.counting import product_flops
 from mitaswap.operators.precision import outside_autocast, working
+from mitaswap.operators.ranges import at_least
 from mitaswap.tokens import TokenLayout
 
 
@@ -32,7 +33,7 @@ class TttOptions(Options):
         batch: tokens per inner step, in the order of the sequence; 0 takes all tokens at once.
         order: `all` reads every query after the last inner step, which suits images; `causal` is
             the paper's: a query sees the tokens up to its own.
-        eta: inner learning rate (the paper's: 1 for `linear`, 0.1 for `mlp`).
+        eta: inner learning rate; 0 is the paper's, 1 for `linear` and 0.1 for `mlp`.
         rate: `learned` multiplies eta by sigmoid(w x + b) for each token of the attention module's
             input x, as the paper does; `constant` does not, and needs no x.
         norm: f(x) = x + LN(f_res(x)), the paper's; false: f = f_res.
@@ -44,7 +45,7 @@ class TttOptions(Options):
     ratio: int = 4
     batch: int = 16
     order: Literal["all", "causal"] = "all"
-    eta: float = 1.0
+    eta: float = 0.0
     rate: Literal["learned", "constant"] = "learned"
     norm: bool = True
     step: Literal["mean", "sum"] = "mean"
@@ -85,7 +86,7 @@ class Ttt(Mechanism):
     )
     samples = (
         {},
-        {"inner": "mlp", "ratio": 2, "eta": 0.1, "batch": 20},
+        {"inner": "mlp", "ratio": 2, "batch": 20},
         {"order": "causal", "rate": "constant"},
         {"norm": False, "batch": 0, "rate": "constant"},
         {"inner": "mlp", "batch": 0, "step": "sum", "eta": 0.01},
@@ -112,11 +113,9 @@ class Ttt(Mechanism):
 
     def check(self, layout: TokenLayout, head_dim: int) -> None:
         o = self.options
-        for name, value, least in (("batch", o.batch, 0), ("ratio", o.ratio, 1)):
-            if value < least:
-                raise MitaswapError(
-                    f"{self.spec}: {name}={value} must be at least {least}; use {name}={least}"
-                )
+        at_least(self, "batch", o.batch, 0)
+        at_least(self, "ratio", o.ratio, 1)
+        at_least(self, "eta", o.eta, 0)
         if o.order == "causal" and o.batch == 0:
             raise MitaswapError(
                 f"{self.spec}: order=causal compares all queries of a mini-batch with its keys, "
@@ -136,6 +135,11 @@ class Ttt(Mechanism):
         if o.rate == "learned":
             self.rate_weight = nn.Parameter(torch.zeros(heads, site.width))
             self.rate_bias = nn.Parameter(torch.zeros(heads))
+
+    @property
+    def _eta(self) -> float:
+        """Inner learning rate."""
+        return self.options.eta or (1.0 if self.options.inner == "linear" else 0.1)
 
     @property
     def _names(self) -> tuple[str, ...]:
@@ -187,10 +191,10 @@ class Ttt(Mechanism):
     def _rates(self, q: Tensor, x: Tensor | None) -> Tensor:
         """Inner learning rate of every token, [B, H, N, 1]."""
         if x is None or self.options.rate == "constant":
-            return torch.full_like(q[..., :1], self.options.eta)
+            return torch.full_like(q[..., :1], self._eta)
         weight, bias = self.rate_weight.to(q.dtype), self.rate_bias.to(q.dtype)
         gate = F.linear(x.to(q.dtype), weight, bias).sigmoid()
-        return self.options.eta * gate.transpose(1, 2)[..., None]
+        return self._eta * gate.transpose(1, 2)[..., None]
 
     def _slopes(self, k: Tensor, v: Tensor, weights: list[Tensor]) -> tuple[list[Tensor], ...]:
         """For each layer its inputs, and the gradient of every token's loss by its outputs."""

@@ -16,6 +16,7 @@ from mitaswap.mechanisms._base import MECHANISMS, Mechanism, Options
 from mitaswap.mechanisms._card import Card, Cost, SiteShape
 from mitaswap.operators.counting import depthwise_flops, product_flops
 from mitaswap.operators.precision import outside_autocast, working
+from mitaswap.operators.ranges import at_least
 from mitaswap.tokens import TokenLayout
 
 
@@ -39,7 +40,7 @@ class Vit3Options(Options):
 @MECHANISMS.register("vit3")
 class Vit3(Mechanism):
     """o(q) = F(q; W) with W = W0 - lr dL/dW0 and L = -sum_t F(k_t; W0) v_t / (N sqrt(d)), over all
-    N tokens: N d^2.
+    N tokens: N d^2. The update is bidirectional: one step that all tokens share, in no order.
 
     F is a gated unit, F(x) = (x W1) * silu(x W2), or in one head a 3 x 3 depth-wise convolution of
     the patches. To the convolution a special token is an image of one pixel. Where values have
@@ -93,6 +94,9 @@ class Vit3(Mechanism):
     def _gated(self, heads: int) -> int:
         """Number of heads with a gated unit, G."""
         return {"last": heads - 1, "all": 0, "none": heads}[self.options.conv]
+
+    def check(self, layout: TokenLayout, head_dim: int) -> None:
+        at_least(self, "lr", self.options.lr, 0)
 
     def build(self, site: SiteShape) -> None:
         gated, shape = self._gated(site.heads), (site.head_dim, site.value_dim)

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mitaswap.operators.experts import expert_blocks
-
 
 @dataclass(frozen=True)
 class Blocks:
@@ -23,6 +21,12 @@ class Blocks:
     source: Tensor
     owner: Tensor
     back: Tensor
+
+
+def expert_blocks(tokens: int, experts: int) -> tuple[int, int]:
+    """Number of blocks, and queries in each, that `owner_blocks` cuts its queries into."""
+    block = min(64, max(8, 1 << (tokens // experts).bit_length() - 1))
+    return tokens // block + experts, block  # sum of ceil(n_i / block) never exceeds this
 
 
 def owner_blocks(choice: Tensor, experts: int) -> Blocks:

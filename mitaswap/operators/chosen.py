@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from mitaswap.operators.experts import Branch
+from mitaswap.operators.experts import Branch, average
 from mitaswap.operators.select import top_indices
 
 #: queries whose scores with all keys exist at once
@@ -38,15 +38,17 @@ def attend_chosen(
     Returns:
         Output [B, H, Q, Dv] and log-sum-exp [B, H, Q, 1], as of `experts.attend`.
     """
-    out, lse = [], []
+    parts = []
     for rows in chunks(q.shape[2]):
-        logits = choose(rows, (q[:, :, rows] * scale) @ k.transpose(-1, -2))
-        top = logits.detach().amax(dim=-1, keepdim=True)
-        weights = (logits - top).exp()
-        total = weights.sum(dim=-1, keepdim=True)
-        out.append((weights @ v) / total)
-        lse.append(top + total.log())
-    return torch.cat(out, dim=2), torch.cat(lse, dim=2)
+        logits = (q[:, :, rows] * scale) @ k.transpose(-1, -2)
+        parts.append(average(choose(rows, logits), v))
+    out, lse = (torch.cat(x, dim=2) for x in zip(*parts, strict=True))
+    return out, lse
+
+
+def attend_all(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Branch:
+    """`experts.attend` of q [B, H, Q, D] over all of k, v [B, H, N, D], in chunks of queries."""
+    return attend_chosen(q, k, v, scale, lambda _, logits: logits)
 
 
 def keep_top(logits: Tensor, scores: Tensor, count: int) -> Tensor:

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mitaswap.operators.blocks import owner_blocks
+
 #: a branch's output [B, H, N, D] and log-sum-exp [B, H, N, 1]
 Branch = tuple[Tensor, Tensor]
 
@@ -21,10 +23,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = 
     N, K] is added to the logits.
     """
     scores = (q * scale) @ k.transpose(-1, -2)
-    if bias is not None:
-        scores = scores + bias
-    top = scores.detach().amax(dim=-1, keepdim=True)
-    weights = (scores - top).exp()
+    return average(scores if bias is None else scores + bias, v)
+
+
+def average(logits: Tensor, v: Tensor) -> Branch:
+    """Values v [..., K, D] weighed by the softmax of `logits` [..., N, K], with its log-sum-exp."""
+    top = logits.detach().amax(dim=-1, keepdim=True)
+    weights = (logits - top).exp()
     total = weights.sum(dim=-1, keepdim=True)
     return (weights @ v) / total, top + total.log()
 
@@ -51,12 +56,6 @@ def take(x: Tensor, index: Tensor) -> Tensor:
     return x.reshape(-1, dim).index_select(0, flat).view(*index.shape, dim)
 
 
-def expert_blocks(tokens: int, experts: int) -> tuple[int, int]:
-    """Number of blocks, and queries in each, that `attend_experts` cuts its queries into."""
-    block = min(64, max(8, 1 << (tokens // experts).bit_length() - 1))
-    return tokens // block + experts, block  # sum of ceil(n_i / block) never exceeds this
-
-
 def attend_experts(q: Tensor, k: Tensor, v: Tensor, choice: Tensor, scale: float) -> Branch:
     """Each query attends to the keys of the one expert it chose.
 
@@ -70,31 +69,11 @@ def attend_experts(q: Tensor, k: Tensor, v: Tensor, choice: Tensor, scale: float
         choice: expert of each query, int64 [B, H, N].
         scale: factor of q k^T.
     """
-    batch, heads, tokens, dim = q.shape
-    experts, width = k.shape[2:4]
-    blocks, block = expert_blocks(tokens, experts)
+    blocks = owner_blocks(choice, k.shape[2])
 
-    order = choice.argsort(dim=-1, stable=True)
-    owner = choice.gather(-1, order)
-    counts = torch.zeros(batch, heads, experts, dtype=torch.int64, device=q.device)
-    counts = counts.scatter_add(-1, choice, torch.ones_like(choice))
-    padded = (counts + block - 1) // block
-    ends = padded.cumsum(-1)
-    # where an expert's queries start, in the sorted list and in the padded blocks
-    shift = (ends - padded) * block - (counts.cumsum(-1) - counts)
-    slot = torch.arange(tokens, device=q.device) + shift.gather(-1, owner)
-    source = torch.zeros(batch, heads, blocks * block, dtype=torch.int64, device=q.device)
-    source = source.scatter(
-        -1, slot, order
-    )  # unfilled slots repeat query 0 and are never read back
-    numbers = torch.arange(blocks, device=q.device).expand(batch, heads, blocks).contiguous()
-    block_owner = torch.searchsorted(ends, numbers, right=True).clamp(max=experts - 1)
+    def held(x: Tensor) -> Tensor:
+        return take(x.flatten(3), blocks.owner).unflatten(3, x.shape[3:])
 
-    def of_blocks(x: Tensor) -> Tensor:
-        rows = take(x.reshape(batch, heads, experts, width * x.shape[-1]), block_owner)
-        return rows.view(batch, heads, blocks, width, x.shape[-1])
-
-    queries = take(q, source).view(batch, heads, blocks, block, dim)
-    out, lse = attend(queries, of_blocks(k), of_blocks(v), scale)
-    back = torch.zeros_like(choice).scatter(-1, order, slot)
-    return take(out.flatten(2, 3), back), take(lse.flatten(2, 3), back)
+    queries = take(q, blocks.source).unflatten(2, (blocks.owner.shape[2], -1))
+    out, lse = attend(queries, held(k), held(v), scale)
+    return take(out.flatten(2, 3), blocks.back), take(lse.flatten(2, 3), blocks.back)

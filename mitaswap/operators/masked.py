@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mitaswap.operators.experts import Branch
+from mitaswap.operators.experts import Branch, average
 
 
 def attend_masked(
@@ -25,11 +25,7 @@ def attend_masked(
     scores = (q * scale) @ k.transpose(-1, -2)
     if offset is not None:
         scores = scores + offset
-    scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
-    top = scores.detach().amax(dim=-1, keepdim=True)
-    weights = (scores - top).exp()
-    total = weights.sum(dim=-1, keepdim=True)
-    return (weights @ v) / total, top + total.log()
+    return average(scores.masked_fill(~allowed, torch.finfo(scores.dtype).min), v)
 
 
 def fallback(values: Tensor) -> Branch:

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from mitaswap.errors import MitaswapError
+from mitaswap.operators.ranges import Asker
 from mitaswap.tokens import TokenLayout
 
 
-def pool_shape(count: int, grid: tuple[int, int], pool: str = "auto") -> tuple[int, int]:
+def pool_shape(
+    count: int,
+    grid: tuple[int, int],
+    pool: str = "auto",
+    *,
+    asker: Asker | None = None,
+    what: str = "landmarks",
+) -> tuple[int, int]:
     """Rows and columns of windows that partition `grid` into `count` windows.
 
     Args:
@@ -20,31 +29,32 @@ def pool_shape(count: int, grid: tuple[int, int], pool: str = "auto") -> tuple[i
         pool: `auto` takes, of all a x b = count that fit, the one whose windows are the most square
             (sqrt(count) squared on a square grid, as in the paper), of two such the one with
             fewer rows; `AxB` asks for that shape.
+        asker, what: whose windows these are and what it calls them, for the error.
 
     Raises:
-        MitaswapError: no such partition; names the nearest count that works.
+        MitaswapError: no such partition; names the nearest count, or a shape, that works.
     """
     height, width = grid
-    if pool != "auto":
-        shape = re.fullmatch(r"(\d+)x(\d+)", pool)
-        if not shape or int(shape[1]) * int(shape[2]) != count:
-            raise MitaswapError(
-                f"pool={pool} must be 'auto' or AxB with A * B = {count}, for instance "
-                f"pool=1x{count}"
-            )
-        a, b = int(shape[1]), int(shape[2])
-        if not (1 <= a <= height and 1 <= b <= width):
-            raise MitaswapError(
-                f"pool={pool} has more windows than the {height}x{width} grid has rows or columns"
-            )
-        return a, b
     fitting = [(a, count // a) for a in range(1, min(count, height) + 1) if _fits(count, a, width)]
     if not fitting:
+        front = f"{asker.spec}: " if asker else ""
         raise MitaswapError(
-            f"{count} landmarks do not fit a {height}x{width} grid as a x b windows; "
+            f"{front}{count} {what} do not fit a {height}x{width} grid as a x b windows; "
             f"the nearest count that does is {_nearest(count, grid)}"
         )
-    return min(fitting, key=lambda ab: _elongation(height * ab[1], width * ab[0]))
+    best = min(fitting, key=lambda ab: _elongation(height * ab[1], width * ab[0]))
+    if pool == "auto":
+        return best
+    asked = re.fullmatch(r"([0-9]+)x([0-9]+)", pool)
+    shape = (int(asked[1]), int(asked[2])) if asked else (0, 0)
+    if shape in fitting:
+        return shape
+    if math.prod(shape) == count:
+        problem = f"has more windows than the {height}x{width} grid has rows or columns"
+    else:
+        problem = f"must be 'auto' or AxB with A * B = {count}"
+    front = f"{asker.spec}: " if asker else ""
+    raise MitaswapError(f"{front}pool={pool} {problem}; use pool={best[0]}x{best[1]}")
 
 
 def _elongation(rows: int, columns: int) -> float:

@@ -130,10 +130,13 @@ CASES = [
     Case("agent(n=8,pool=2x4,bias=true)", biased((2, 4)), BOTH, scale=0.25),
     Case("agent(n=1,bias=true)", biased((1, 1)), DEEP, 72),
     Case("agent(n=4,bias=true)", biased((2, 2)), TokenLayout(1, (8, 9), 1)),
+    # the agents keep the windows of the grid that they were built for
     Case("agent(n=6,bias=true)", biased((2, 3)), BOTH, built=PLAIN),
-    Case("agent(n=6,bias=true)", biased((2, 3)), DEEP, built=TokenLayout(5, (9, 8))),
-    Case("agent(n=4,bias=true)", biased((2, 2)), EVEN, 24, built=TokenLayout(2, (8, 3))),
+    Case("agent(n=6,bias=true)", biased((3, 2)), DEEP, built=TokenLayout(5, (9, 8))),
+    Case("agent(n=4,bias=true)", biased((4, 1)), EVEN, 24, built=TokenLayout(2, (8, 3))),
     Case("agent(n=6,bias=true)", biased((2, 3), special=False), TAIL, built=BARE),
+    Case("agent(n=8,bias=true)", biased((2, 4)), TokenLayout(1, (7, 4)), built=BOTH),
+    Case("agent(n=6,bias=true)", biased((2, 3)), TokenLayout(5, (5, 3)), built=DEEP),
     Case("agent(n=6,bias=true)", biased((2, 3)), BOTH, 8, 0.25, "constant"),
 ]
 

@@ -21,7 +21,7 @@ def ttt(
     batch: int = 16,
     mlp: bool = False,
     causal: bool = False,
-    eta: float = 1.0,
+    eta: float = 0.0,
     learned: bool = True,
     norm: bool = True,
     mean: bool = True,
@@ -34,7 +34,7 @@ def ttt(
         batch: tokens per inner mini-batch; 0 for all.
         mlp: inner model gelu(x W1) W2 instead of x W.
         causal: each query read by the weights of its own token, not by the last ones.
-        eta: inner learning rate.
+        eta: inner learning rate; 0 for the paper's, 1 (linear) or 0.1 (MLP).
         learned: times sigmoid(theta x).
         norm: x + LN(inner model), or the inner model alone.
         mean: half a mean of squares per token, averaged over tokens; else plain sums, as printed.
@@ -62,10 +62,11 @@ def ttt(
             def step(t: int, w: Weights) -> Weights:
                 loss = ((model(k[t], w) - v[t]) ** 2).sum()
                 loss = loss / 2 / v.shape[1] if mean else loss
-                rate: float | Tensor = eta
+                usual = 0.1 if mlp else 1.0
+                rate: float | Tensor = eta if eta else usual
                 if learned:
                     theta = (at.params["rate_weight"][m] * at.x[n, t]).sum()
-                    rate = eta / (1 + torch.exp(-theta - at.params["rate_bias"][m]))
+                    rate = rate / (1 + torch.exp(-theta - at.params["rate_bias"][m]))
                 return [rate * g for g in torch.autograd.grad(loss, w, create_graph=True)]
 
             names = ["weight1", "weight2"] if mlp else ["weight"]
@@ -109,7 +110,8 @@ CASES = [
         ttt(0, eta=0.5, norm=False, mean=False, learned=False),
         PLAIN,
     ),
-    Case("ttt(inner=mlp,batch=4,eta=0.1)", ttt(4, mlp=True, eta=0.1), SMALL),
+    Case("ttt(inner=mlp,batch=4)", ttt(4, mlp=True), SMALL),
+    Case("ttt(inner=mlp,batch=4,eta=0.2)", ttt(4, mlp=True, eta=0.2), SMALL),
     Case("ttt(inner=mlp,batch=0,ratio=2)", ttt(0, mlp=True), SMALL),
     Case(
         "ttt(inner=mlp,batch=4,ratio=1,norm=false,order=causal)",
@@ -128,6 +130,9 @@ CASES = [
 NEAR_MISSES = {
     "gradients at the running weights": Case("ttt(batch=4)", ttt(4, stale=False), SMALL),
     "another mini-batch": Case("ttt(batch=4)", ttt(3), SMALL),
+    "one rate of both inner models": Case(
+        "ttt(inner=mlp,batch=4)", ttt(4, mlp=True, eta=1.0), SMALL
+    ),
     "read in order": Case("ttt(batch=4)", ttt(4, causal=True), SMALL),
     "no residual": Case("ttt(batch=4)", ttt(4, residual=False), SMALL),
     "the same rate for all tokens": Case("ttt(batch=4)", ttt(4, eta=0.5, learned=False), SMALL),

@@ -52,14 +52,15 @@ def joined(size: int, pool: tuple[int, int] | None = None, once: bool = False) -
 
 
 def weighed(inner: Callable[[Inputs], Tensor], size: int) -> Formula:
-    """(1 - g) inner + g local, g = 1 / (1 + exp(-weight)) for each head; patches only."""
+    """(1 - g) inner + g local, g = tanh(weight) for each head; patches only."""
 
     def formula(at: Inputs) -> Tensor:
         out, batches = inner(at), []
         for b in range(at.q.shape[0]):
             heads = []
             for h in range(at.q.shape[1]):
-                g, rows = 1 / (1 + torch.exp(-at.params["weight"][h])), []
+                w, rows = at.params["weight"][h], []
+                g = (torch.exp(w) - torch.exp(-w)) / (torch.exp(w) + torch.exp(-w))
                 for n in range(at.q.shape[2]):
                     place, row = patch_of(at, n), out[b, h, n]
                     if place is not None:
@@ -91,7 +92,7 @@ CASES = [
 NEAR_MISSES = {
     "keys in both counted once": Case("standard+window(size=3)", joined(3, once=True)),
     "larger window": Case("standard+window(size=3)", joined(5)),
-    "half of each": Case(
+    "a gate at zero": Case(
         f"linear+{GATED}",
         lambda at: weighed(linear(elu_plus_one), 3)(
             Inputs(at.q, at.k, at.v, at.scale, at.layout, at.x, {"weight": torch.zeros(3)})

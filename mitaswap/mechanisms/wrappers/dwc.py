@@ -31,7 +31,8 @@ class DwcOptions:
 
 @WRAPPERS.register("dwc")
 class Dwc(Wrapper):
-    """O + DWC(V): each channel of V is convolved over the patch grid (Han et al. 2023, Eq. 11).
+    """O + DWC(V): each channel of V is convolved over the patch grid (Han et al. 2023,
+    arXiv 2308.00442, Eq. 11).
 
     Special tokens have no neighbours and get nothing.
 

@@ -29,7 +29,8 @@ class GateOptions:
 
 @WRAPPERS.register("gate")
 class Gate(Wrapper):
-    """2 sigmoid(W x + b) * O (Qiu et al. 2025, gated attention after the sum over values).
+    """2 sigmoid(W x + b) * O (Qiu et al. 2025, arXiv 2505.06708: the gate after the sum over
+    values).
 
     The factor 2 makes the start, W = b = 0, change nothing; the layer's own output projection can
     take it up, so that the functions that can be learned are the paper's.

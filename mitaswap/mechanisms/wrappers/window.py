@@ -26,8 +26,8 @@ class WindowOptions:
     Args:
         size: side of the window around each patch, odd; cut off at the edges of the grid.
         mix: `softmax` puts the window's keys into the inner mechanism's own softmax (a key in both
-            counts twice, as in MiTA's concatenation); `gate` adds both outputs with one learned
-            weight for each head, for mechanisms that are no softmax.
+            counts twice, as in MiTA's concatenation); `gate` moves the output towards the window's
+            by one learned weight for each head, for mechanisms that are no softmax.
     """
 
     size: int = 7
@@ -39,11 +39,13 @@ class Window(Wrapper):
     """softmax([q K_inner^T, q K_window^T] scale) [V_inner, V_window], or (1 - g) O_inner + g
     O_window.
 
+    With mix=gate a fresh wrapper changes nothing: g starts at zero.
+
     Special tokens have no place in the grid: as queries they keep the inner mechanism's output, as
     keys they are in no window.
 
     Parameters:
-        weight [H], with mix=gate: g = sigmoid(weight), zero at the start.
+        weight [H], with mix=gate: g = tanh(weight), zero at the start.
     """
 
     options_type = WindowOptions
@@ -67,6 +69,8 @@ class Window(Wrapper):
 
     @property
     def traits(self) -> frozenset[str]:  # type: ignore[override]
+        if self.options.mix == "gate":  # from a gate at zero
+            return self.inner.traits - {"routed-softmax"}
         return (self.inner.traits - {"key-set", "pointwise", "routed-softmax"}) | {"scaled"}
 
     @property
@@ -135,7 +139,7 @@ class Window(Wrapper):
         out, q, k, v = working(out, q, k, v)
         patches, special = split(out, layout)
         near, _ = self._near(q, k, v, layout, scale)
-        gate = self.weight.to(out.dtype).sigmoid()[:, None, None]
+        gate = self.weight.to(out.dtype).tanh()[:, None, None]
         return join(patches + gate * (near - patches), special, layout).to(dtype)
 
     def _near(self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, scale: float) -> Branch:

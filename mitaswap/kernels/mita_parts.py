@@ -1,0 +1,133 @@
+"""Pieces that MiTA's kernels share: rows by index, landmarks, products exact enough to rank."""
+
+# mypy: disallow-untyped-defs=False
+from __future__ import annotations
+
+import os
+
+import triton
+import triton.language as tl
+
+#: Triton's interpreter multiplies the bits of bfloat16 operands, so they are widened for it
+WIDEN: tl.constexpr = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def head_offset(bh, H, sb, sh):
+    """Offset of head `bh` of B * H in a [B, H, N, D] view, int64."""
+    return (bh // H).to(tl.int64) * sb + (bh % H).to(tl.int64) * sh
+
+
+@triton.jit
+def load_rows(base, rows, stride, ok, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows [R, BLOCK_D] of a view whose last axis is dense; zero where not `ok` or beyond D."""
+    d = tl.arange(0, BLOCK_D)
+    at = base + rows.to(tl.int64)[:, None] * stride + d[None, :]
+    if D == BLOCK_D:
+        return tl.load(at, mask=ok[:, None], other=0.0)
+    else:
+        return tl.load(at, mask=ok[:, None] & (d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def store_rows(base, rows, stride, ok, x, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Write x [R, BLOCK_D] to the rows of a view; the counterpart of `load_rows`."""
+    d = tl.arange(0, BLOCK_D)
+    at = base + rows.to(tl.int64)[:, None] * stride + d[None, :]
+    x = x.to(base.dtype.element_ty)
+    if D == BLOCK_D:
+        tl.store(at, x, mask=ok[:, None])
+    else:
+        tl.store(at, x, mask=ok[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def load_marks(sums, m0, M, P, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Landmarks m0 ... of one head, float32 [BLOCK_M, BLOCK_D], from their P partial averages
+    [M, P, D]; always added in the same order.
+    """
+    row = m0 + tl.arange(0, BLOCK_M)
+    marks = load_rows(sums, row * P, D, row < M, D, BLOCK_D)
+    for part in range(1, P):
+        marks += load_rows(sums, row * P + part, D, row < M, D, BLOCK_D)
+    return marks
+
+
+@triton.jit
+def split(x, dtype: tl.constexpr):
+    """x (float32) as up to three terms of `dtype` whose products with `dtype` operands can be
+    summed in float32 to about float32 precision: a landmark rounded to half precision would pick
+    other keys than the reference does.
+
+    float16 keeps 11 bits a term, so two do; the second is scaled by 2^11 out of the subnormals.
+    bfloat16 keeps 8 bits, so three do. float32 is its own first term.
+    """
+    hi = x.to(dtype)
+    rest = x - hi.to(tl.float32)
+    if dtype == tl.float16:
+        mid = (rest * 2048.0).to(dtype)
+        lo = mid
+    else:
+        mid = rest.to(dtype)
+        lo = (rest - mid.to(tl.float32)).to(dtype)
+    return hi, mid, lo
+
+
+@triton.jit
+def product(a, b):
+    """a [M, K] times b [K, N] with float32 sums; exact products for float32 operands."""
+    if WIDEN and a.dtype == tl.bfloat16:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def product_onto(a, b, acc):
+    """`product` added to acc [M, N]."""
+    if WIDEN and a.dtype == tl.bfloat16:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def landmark_scores(hi, mid, lo, x):
+    """Landmarks (split) times the rows of x [N, D]: float32 [M, N]."""
+    x = tl.trans(x)
+    if x.dtype == tl.float32:
+        out = product(hi, x)
+    elif x.dtype == tl.float16:
+        out = product(hi, x) + product(mid, x) * (1.0 / 2048.0)
+    else:
+        out = product_onto(hi, x, product_onto(mid, x, product(lo, x)))
+    return out
+
+
+@triton.jit
+def routing_scores(x, hi, mid, lo):
+    """Rows of x [N, D] times the landmarks (split): float32 [N, M]."""
+    hi = tl.trans(hi)
+    mid = tl.trans(mid)
+    if x.dtype == tl.float32:
+        out = product(x, hi)
+    elif x.dtype == tl.float16:
+        out = product(x, hi) + product(x, mid) * (1.0 / 2048.0)
+    else:
+        out = product_onto(x, hi, product_onto(x, mid, product(x, tl.trans(lo))))
+    return out
+
+
+@triton.jit
+def order_key(x):
+    """int32 keys in the order of the float32 x; -0.0 is 0.0, as in a comparison of floats."""
+    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def key_value(key):
+    """The float32 that `order_key` maps to `key`."""
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
