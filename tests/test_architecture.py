@@ -20,7 +20,7 @@ LEVELS: list[set[str]] = [
     {"mechanisms"},
     {"surgery", "models", "data", "stats", "placement"},
     {"checkpoint"},
-    {"evaluation", "train"},
+    {"evaluation", "train", "benchmark"},
     {"studies", "report"},
     {"cli"},
 ]

@@ -91,7 +91,7 @@ def test_ls_without_options_is_short(cli: Command) -> None:
 
 
 @pytest.mark.parametrize(
-    "verb", ["", "ls", "walk", "convert", "eval", "report", "train", "finetune"], ids=str
+    "verb", ["", "ls", "walk", "convert", "eval", "report", "train", "finetune", "bench"], ids=str
 )
 def test_help_of_every_verb(cli: Command, verb: str) -> None:
     done = cli(*verb.split(), "--help")

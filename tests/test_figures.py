@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from speed_rows import speed_rows
 
 from mitaswap.figures import DARK, FIGURES, LIGHT, Chart, Theme
 from mitaswap.figures._base import distinct, stem, wrap
@@ -714,7 +715,7 @@ def test_accuracy_needs_intervals() -> None:
 
 # --- laws over all figures ----------------------------------------------------------------------
 
-EVERYTHING = [*matrix_rows(), *grid_rows(), *overlap_rows(), *swap_rows()]
+EVERYTHING = [*matrix_rows(), *grid_rows(), *overlap_rows(), *swap_rows(), *speed_rows()]
 
 
 @pytest.mark.parametrize("name", FIGURES.names())

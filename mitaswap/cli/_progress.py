@@ -23,7 +23,8 @@ from mitaswap.cli._app import err
 class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{speed:.0f} img/s", style="progress.data.speed")
+        known = speed is not None and task.fields.get("rate", True)
+        return Text(f"{speed:.0f} img/s" if known else "", style="progress.data.speed")
 
 
 class Bar:
@@ -51,9 +52,13 @@ class Bar:
             self._decode = self._progress.add_task("decoding", total=total)
         self._progress.update(self._decode, completed=done, total=total)
 
-    def start(self, images: int) -> None:
-        """The cells begin: forward passes of `images` images in all."""
-        self._cells = self._progress.add_task("evaluating", total=images)
+    def start(self, images: int, doing: str = "evaluating", rate: bool = True) -> None:
+        """The cells begin: forward passes of `images` images in all.
+
+        Args:
+            rate: whether they are images, so that images per second mean something.
+        """
+        self._cells = self._progress.add_task(doing, total=images, rate=rate)
 
     def images(self, count: int) -> None:
         """`count` more images were evaluated."""
