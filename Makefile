@@ -18,7 +18,7 @@ demo: $(VENV)/installed
 	MITASWAP=$(BIN)/mitaswap OUT=$(RUNS)/demo REPORT=$(RUNS)/demo/report sh examples/demo.sh
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 # on a machine with a CUDA device
 gpu-test: $(VENV)/installed

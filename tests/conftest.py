@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -9,6 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+if (
+    "PYTEST_XDIST_WORKER" in os.environ
+):  # one process for each core: more threads would be in the way
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @dataclass(frozen=True)
