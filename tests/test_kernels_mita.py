@@ -185,7 +185,7 @@ def test_without_a_device_the_kernels_are_refused() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", SMALL + LONG, ids=str)
-def test_on_the_device(case: Case) -> None:
+def test_on_the_device(case: Case, poisoned: None) -> None:
     agree(case)
 
 

@@ -155,7 +155,11 @@ def _probe(q: Tensor, k: Tensor, v: Tensor, sizes: Sizes, scale: float, saved: S
         )
 
     wide = q.dtype == torch.float32 or block_d > 64
-    block_m = min(_power(m, 16), 64 if wide else 128)
+    # With four warps and blocks of 16 landmarks, ptxas (Triton 3.6, sm_90a) takes descriptors of
+    # the product that ranks queries from a register nobody wrote, in some shapes: queries are lost
+    # from the sorted order, and what attends follows whatever lies there. 32 and eight warps are
+    # right.
+    block_m = min(_power(m, 16 if wide else 32), 64 if wide else 128)
     blocks_m = _ceil(m, block_m)
     narrow = not wide and block_m <= 64
     tile = max(512, _power(_ceil(tokens, 128)))

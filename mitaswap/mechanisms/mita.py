@@ -8,14 +8,13 @@ experts whose landmarks it is closest to.
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from mitaswap.errors import MitaswapError
+from mitaswap.kernels import unfit
 from mitaswap.mechanisms._base import MECHANISMS, Mechanism, Options
 from mitaswap.mechanisms._card import Card, Cost, Routing, SiteShape
 from mitaswap.operators.blocks import expert_blocks
@@ -27,9 +26,6 @@ from mitaswap.operators.ranges import in_range
 from mitaswap.operators.select import best_indices, top_indices
 from mitaswap.spec import Value
 from mitaswap.tokens import TokenLayout
-
-#: what the kernels compute in; the landmark scores are float32 in all
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -167,7 +163,7 @@ class Mita(Mechanism):
     def fused(
         self, q: Tensor, k: Tensor, v: Tensor, *, layout: TokenLayout, scale: float, **extra: Any
     ) -> Tensor:
-        problem = _unfit(q, k, v)
+        problem = unfit(q, k, v)
         if problem:
             raise MitaswapError(
                 f"{self.spec} has no kernel for {problem}; use impl=auto or impl=reference"
@@ -196,7 +192,7 @@ class Mita(Mechanism):
         extra: dict[str, Any],
     ) -> Tensor:
         impl = self.options.impl
-        if impl == "fused" or (impl == "auto" and q.is_cuda and not _unfit(q, k, v)):
+        if impl == "fused" or (impl == "auto" and q.is_cuda and not unfit(q, k, v)):
             return self.fused(q, k, v, layout=layout, scale=scale, **extra)
         return self.reference(q, k, v, layout=layout, scale=scale, **extra)
 
@@ -208,17 +204,3 @@ class Mita(Mechanism):
         marks = self._landmarks(q, layout)
         members = top_indices((marks * scale) @ k.transpose(-1, -2), self.options.k)
         return Routing(members, best_indices(q @ marks.transpose(-1, -2), self.options.s))
-
-
-def _unfit(q: Tensor, k: Tensor, v: Tensor) -> str:
-    """What the kernels cannot take of these tensors; empty if all."""
-    dim = q.shape[3]
-    if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"tensors on {q.device.type}, only for CUDA"
-    if not q.dtype == k.dtype == v.dtype or q.dtype not in _DTYPES:
-        return f"{q.dtype}, {k.dtype}, {v.dtype}, only for one of float16, bfloat16, float32"
-    if v.shape[3] != dim or dim % 8 or not 16 <= dim <= 256:
-        return f"head dimensions {dim}, {v.shape[3]}, only for one multiple of 8 from 16 to 256"
-    if not torch.compiler.is_compiling() and torch._C._functorch.maybe_get_level(q) >= 0:
-        return "tensors under a function transform (vmap, jvp)"
-    return ""
