@@ -1,18 +1,24 @@
 """The patch grid of the forward pass under way, read from a feature map rather than guessed from a
-token count.
+token count, and the token layout that follows from it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from operator import index
 from typing import Any
 
 from torch import Tensor, nn
 
+from mitaswap.mechanisms import Mechanism
 from mitaswap.surgery.tap import InputTap, first_tensor
+from mitaswap.tokens import TokenLayout
+
+Observer = Callable[[str, Mechanism, Tensor, Tensor, TokenLayout, float], None]
 
 
 class GridTracker:
-    """Remembers the last (h, w) that one module saw.
+    """Remembers the last (h, w) that one module saw, for the seams that attend over its patches.
 
     Hooked to the convolution that cuts the image into patches (its output is [B, C, h, w]), or, for
     attention that works on feature maps, to the attention module itself (whose input is [B, h, w,
@@ -20,24 +26,39 @@ class GridTracker:
     own tracker.
 
     Args:
-        channels_last: whether the watched feature map is [B, h, w, C].
+        layout: token layout of the seams on the example.
+        channels_last: whether the input feature map is [B, h, w, C].
     """
 
-    def __init__(self, channels_last: bool) -> None:
+    def __init__(self, layout: TokenLayout, channels_last: bool) -> None:
         self.channels_last = channels_last
-        self.grid: tuple[int, int] | None = None
-
-    def _read(self, feature: Tensor) -> None:
-        shape = feature.shape
-        self.grid = (shape[1], shape[2]) if self.channels_last else (shape[2], shape[3])
+        self.grid = layout.grid
+        self.observer: Observer | None = None
+        self._layout = layout
 
     def after(self, module: nn.Module, args: Any, output: Tensor) -> None:
         """Forward hook: the output is the feature map."""
-        self._read(output)
+        self.grid = (output.shape[2], output.shape[3])
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook: the first tensor that the module is given is the feature map."""
-        self._read(first_tensor(args, kwargs))
+        shape = first_tensor(args, kwargs).shape
+        self.grid = (shape[1], shape[2]) if self.channels_last else (shape[2], shape[3])
+
+    def layout(self) -> TokenLayout:
+        """The layout of this forward's sequences, the same object until the grid changes."""
+        if self.grid != self._layout.grid:
+            self._layout = self.new_layout()
+        return self._layout
+
+    def new_layout(self) -> TokenLayout:
+        """The same as a new object, for compiled forwards: nothing but this forward's own grid is
+        read, whereas a look at the last one would be guarded on in each layer, and a recompilation
+        whenever two image sizes take turns.
+        """
+        # in plain numbers also where shapes are dynamic: a mechanism is compiled anew for each grid
+        grid = (index(self.grid[0]), index(self.grid[1]))
+        return TokenLayout(self._layout.prefix, grid, self._layout.suffix)
 
 
 def untrack(module: nn.Module) -> None:

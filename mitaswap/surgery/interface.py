@@ -16,9 +16,6 @@ from mitaswap.surgery.divert import divert
 #: name of our function in transformers' attention and mask registries
 INTERFACE = "mitaswap"
 
-#: keywords that change what attention means and that the library's sdpa function passes over
-_IGNORED = ("softcap", "s_aux", "sinks", "indices", "block_indices", "cu_seq_lens_q")
-
 
 def no_map(module: Any) -> SwapError:
     """The error for a swapped module that is asked for its attention map."""
@@ -93,7 +90,9 @@ def register_interface() -> None:
     def attention(module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         if kwargs.get("output_attentions") or _maps_are_collected():
             raise no_map(module)
-        given = [name for name in _IGNORED if kwargs.get(name) is not None]
+        # keywords that change what attention means and that the library's sdpa function passes over
+        ignored = ("softcap", "s_aux", "sinks", "indices", "block_indices", "cu_seq_lens_q")
+        given = [name for name in ignored if kwargs.get(name) is not None]
         if given:
             raise SwapError(
                 f"{module._mitaswap.site.path}: this forward brings {given[0]}, which "

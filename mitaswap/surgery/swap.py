@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from mitaswap.errors import MitaswapError, SwapError
 from mitaswap.mechanisms import Mechanism, SiteShape, mechanism
 from mitaswap.spec import Recipe, Spec
-from mitaswap.surgery.grid import GridTracker, untrack
+from mitaswap.surgery.grid import GridTracker, Observer, untrack
 from mitaswap.surgery.interface import has_interface, shadow_config
-from mitaswap.surgery.seam import Observer, Seam, Shared, Swapped, seam_class
+from mitaswap.surgery.seam import Seam, Swapped, goes_straight, install, seam_class, uninstall
 from mitaswap.surgery.sites import Site, walk
 from mitaswap.surgery.tap import InputTap
 from mitaswap.surgery.witness import dry_run, example_input
@@ -43,14 +43,21 @@ class Handle:
         """Call `observer(path, mechanism, q, k, layout, scale)` at every attention call inside the
         block.
         """
-        shared = next(m for _, m in _swapped(self.model))._mitaswap.shared
-        if shared.observer is not None:
+        seams = [module._mitaswap for _, module in _swapped(self.model)]
+        trackers = {id(seam.tracker): seam.tracker for seam in seams}.values()
+        if any(tracker.observer is not None for tracker in trackers):
             raise SwapError("this model is being observed already")
-        shared.observer = observer
+        self._pass_by(observer, trackers)
         try:
             yield
         finally:
-            shared.observer = None
+            self._pass_by(None, trackers)
+
+    def _pass_by(self, observer: Observer | None, trackers: Iterable[GridTracker]) -> None:
+        for tracker in trackers:
+            tracker.observer = observer
+        for _, module in _swapped(self.model):  # what goes straight does not come past an observer
+            module._mitaswap_straight = observer is None and goes_straight(module.mitaswap)
 
     def __enter__(self) -> nn.Module:
         return self.model
@@ -98,7 +105,10 @@ def swap(
             "or handle.undo() first"
         )
     chosen = _assign(model, recipe, sites)
-    parts = {site.path: _build(spec, site, (built or {}).get(site.path)) for site, spec in chosen}
+    equal: dict[Any, Any] = {}
+    parts = {
+        site.path: _build(spec, site, (built or {}).get(site.path), equal) for site, spec in chosen
+    }
     try:
         _install(model, [site for site, _ in chosen], parts)
         _verify(model, example, list(parts))
@@ -147,11 +157,7 @@ def revert(model: nn.Module) -> nn.Module:
 def _restore(model: nn.Module) -> None:
     """Take out whatever was put in, also where an installation stopped half way."""
     for _, module in list(_swapped(model)):
-        seam = module.__dict__.pop("_mitaswap", None)
-        if seam is not None and seam.config is not None:
-            module.config = seam.config
-        module._modules.pop("mitaswap", None)
-        module.__class__ = module._mitaswap_original
+        uninstall(module)
     for module in model.modules():
         untrack(module)
 
@@ -204,8 +210,15 @@ def _assign(model: nn.Module, recipe: Recipe, sites: Sequence[Site]) -> list[tup
     return chosen
 
 
-def _build(spec: Spec, site: Site, built: TokenLayout | None) -> Mechanism:
+def _build(spec: Spec, site: Site, built: TokenLayout | None, equal: dict[Any, Any]) -> Mechanism:
+    """The mechanism of one site, its learned parts for the layout `built` if that is given. Options
+    and shape are the objects in `equal` where these have the same value: what the layers have in
+    common, a compiled model looks at only once.
+    """
     part = mechanism(spec)
+    for inner in part.modules():
+        if isinstance(inner, Mechanism):
+            inner.options = equal.setdefault(inner.options, inner.options)
     if site.bias != "none" and "bias" not in part.supports:
         what = {"bias": "an additive attention bias", "mask": "an attention mask"}
         raise SwapError(
@@ -216,18 +229,22 @@ def _build(spec: Spec, site: Site, built: TokenLayout | None) -> Mechanism:
     try:
         part.check(site.layout, site.head_dim)
         layout = built or site.layout
-        part.attach(SiteShape(site.heads, site.head_dim, layout, site.value_dim, site.width))
+        shape = SiteShape(site.heads, site.head_dim, layout, site.value_dim, site.width)
+        part.attach(equal.setdefault(shape, shape))
     except MitaswapError as error:
         raise SwapError(f"{site.path}: {error}") from None
     return part
 
 
 def _install(model: nn.Module, sites: Sequence[Site], built: dict[str, Mechanism]) -> None:
-    shared, trackers = Shared(), {}
+    trackers: dict[Any, GridTracker] = {}
+    shadows: dict[int, Any] = {}
     modules = dict(model.named_modules())
     for site in sites:
-        if site.grid_from not in trackers:
-            tracker = trackers[site.grid_from] = GridTracker(site.channels_last)
+        assert site.layout is not None
+        key = site.grid_from, site.layout
+        if key not in trackers:
+            tracker = trackers[key] = GridTracker(site.layout, site.channels_last)
             watched = modules[site.grid_from]
             if site.grid_from == site.path:
                 watched.register_forward_pre_hook(tracker.before, with_kwargs=True)
@@ -239,16 +256,15 @@ def _install(model: nn.Module, sites: Sequence[Site], built: dict[str, Mechanism
         part = built[site.path].to(device=weight.device)
         if weight.is_floating_point():
             part = part.to(dtype=weight.dtype)
-        own = module.config if has_interface(module) else None
+        shadow = None
+        if has_interface(module):  # as many shadows as there are configs, usually one
+            own = module.config
+            shadow = shadows[id(own)] = shadows.get(id(own)) or shadow_config(own)
         tap = InputTap(site.path, site.channels_last) if "x" in part.needs else None
         if tap is not None:
             module.register_forward_pre_hook(tap.before, with_kwargs=True)
-        seam = Seam(site, trackers[site.grid_from], shared, own, tap)
-        module.__class__ = seam_class(type(module))  # type: ignore[arg-type]
-        module.__dict__["_mitaswap"] = seam
-        module.mitaswap = part.train(module.training)
-        if own is not None:
-            module.config = shadow_config(own)
+        seam = Seam(site, trackers[site.grid_from, site.layout], tap)
+        install(module, part.train(module.training), seam, shadow)
 
 
 def _verify(model: nn.Module, example: Any, paths: list[str]) -> None:
