@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from attention_laws import LAYOUT, LAYOUTS, accepted, attend, draw, each, innermost, same
+from attention_laws import LAYOUT, LAYOUTS, SPECS, accepted, attend, draw, each, innermost, same
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -328,11 +328,9 @@ def test_no_fewer_flops_for_more_tokens(spec: str) -> None:
     assert [c.flops for c in costs] == sorted({c.flops for c in costs})
 
 
-@each
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if "x" in mechanism(spec).needs])
 def test_x_is_asked_for(spec: str) -> None:
     part = mechanism(spec)
-    if "x" not in part.needs:
-        return
     q, k, v = draw()
     for wrong, text in ((None, "none"), (torch.zeros(2, 5, 24), "[2, 5, 24]")):
         extra = {} if wrong is None else {"x": wrong}

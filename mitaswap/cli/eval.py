@@ -49,7 +49,7 @@ def evaluate(
         Optional[str],
         typer.Option(
             help="Mechanisms to run every model with, comma separated, options and wrappers "
-            "allowed: 'mita(m=25,k=25)+dwc'; or a group: usable (approximate softmax attention "
+            "allowed: 'mita(m=9)+dwc'; or a group: usable (approximate softmax attention "
             "without training), parameter-free, untrained (both), all."
         ),
     ] = None,
