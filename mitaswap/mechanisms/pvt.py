@@ -32,14 +32,14 @@ class PvtOptions(Options):
             attention, whose 1 x 1 convolution, norm and GELU are not part of it here).
         r: side of the windows of `conv`; 2 as in PVT's stage of 14 x 14 patches.
         size: side of the pooled map of `pool`.
-        mix: `head` reduces each head's channels among themselves; `width` those of all heads
-            together, as the paper, at H times the parameters and operations.
+        mix: `width` reduces the channels of all heads together, as the paper; `head` each head's
+            among themselves, at 1 / H of the parameters and operations.
     """
 
     reduction: Literal["conv", "pool"] = "conv"
     r: int = 2
     size: int = 7
-    mix: Literal["head", "width"] = "head"
+    mix: Literal["width", "head"] = "width"
 
 
 @MECHANISMS.register("pvt")
@@ -56,7 +56,7 @@ class Pvt(Mechanism):
     Special tokens (subscript S) are entries of their own, and every query reads all entries.
 
     Parameters (conv; W / r^2 are the weights of a strided convolution):
-        key_reduction: W, [H, r r D, D], or [1, r r H D, H D] for mix=width; an identity for each
+        key_reduction: W, [1, r r H D, H D], or [H, r r D, D] for mix=head; an identity for each
             patch of the window, so that SR starts as the average.
         value_reduction: the same for values.
     """
@@ -76,7 +76,7 @@ class Pvt(Mechanism):
     limits = (("pvt(r=1)", "standard"),)
     samples = (
         {"r": 3},
-        {"r": 4, "mix": "width"},
+        {"r": 4, "mix": "head"},
         {"reduction": "pool", "size": 4},
     )
     needs = frozenset({"grid"})

@@ -89,26 +89,26 @@ def pvt(
 
 
 CASES = [
-    Case("pvt", pvt()),
-    Case("pvt", pvt(), TAIL, 24),
-    Case("pvt(r=3)", pvt(3), DEEP, 8, 0.7),
-    Case("pvt(r=1)", pvt(1), BARE),
-    Case("pvt(r=2)", pvt(), EVEN, 72),
+    Case("pvt(mix=head)", pvt()),
+    Case("pvt(mix=head)", pvt(), TAIL, 24),
+    Case("pvt(r=3,mix=head)", pvt(3), DEEP, 8, 0.7),
+    Case("pvt(r=1,mix=head)", pvt(1), BARE),
+    Case("pvt(r=2,mix=head)", pvt(), EVEN, 72),
     Case("pvt(mix=width)", pvt(width=True), BOTH),
     Case("pvt(mix=width,r=3)", pvt(3, width=True), DEEP, 24),
     Case("pvt(reduction=pool)", pvt(pooled=(4, 7)), TokenLayout(1, (4, 9), 2)),
     Case("pvt(reduction=pool,size=2)", pvt(pooled=(2, 2)), TAIL, scale=0.25),
     Case("pvt(reduction=pool,size=3)", pvt(pooled=(3, 3)), DEEP, 24),
-    Case("pvt(r=2)", pvt(), BOTH, built=PLAIN),
+    Case("pvt(r=2,mix=head)", pvt(), BOTH, built=PLAIN),
     Case("pvt(mix=width)", pvt(width=True), EVEN, built=PLAIN),
-    Case("pvt", pvt(), BARE, 8, 0.25, "constant"),
+    Case("pvt(mix=head)", pvt(), BARE, 8, 0.25, "constant"),
 ]
 
 #: a mechanism beside a formula that differs from its own in one detail
 NEAR_MISSES = {
-    "plain zero padding": Case("pvt", pvt(counted=False)),
-    "windows read by columns": Case("pvt", pvt(transposed=True), EVEN),
-    "no special entries": Case("pvt", pvt(special=False), DEEP),
+    "plain zero padding": Case("pvt(mix=head)", pvt(counted=False)),
+    "windows read by columns": Case("pvt(mix=head)", pvt(transposed=True), EVEN),
+    "no special entries": Case("pvt(mix=head)", pvt(special=False), DEEP),
     "disjoint windows": Case("pvt(reduction=pool,size=2)", pvt(pooled=(2, 1)), TAIL),
     "one more window": Case("pvt(reduction=pool,size=2)", pvt(pooled=(3, 3)), DEEP),
 }
