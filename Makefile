@@ -5,7 +5,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 RUNS   ?= runs
 
-.PHONY: demo test gpu-test lint embedded bench-seam bench-cells bench-core bench-memory clean
+.PHONY: demo test gpu-test gpu-bench lint embedded bench-seam bench-cells bench-core bench-memory clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -23,6 +23,10 @@ test: $(VENV)/installed
 # on a machine with a CUDA device
 gpu-test: $(VENV)/installed
 	$(BIN)/python -m pytest -m gpu
+
+# there too: kernels and whole networks against PyTorch's attention, into runs/gpu (half an hour)
+gpu-bench: $(VENV)/installed
+	MITASWAP=$(BIN)/mitaswap OUT=$(RUNS)/gpu sh benchmarks/gpu.sh
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

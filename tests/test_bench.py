@@ -288,6 +288,7 @@ def test_out_of_memory_is_a_row(cli: Command, tmp_path: Path, kernels: Any) -> N
         (("--run", "linear", "--img-size", "224"), "give a MODEL"),
         (("--run", "linear", "-b", "auto"), "--total-tokens"),
         (("--run", "linear", "--dtype", "half"), "dtype"),
+        (("--run", "linear", "--cuda-graph"), "not of device cpu; leave --cuda-graph out"),
         (("timm:vit_tiny_patch16_224", "--run", "linear", "--tokens", "64"), "without MODEL"),
     ],
 )  # fmt: skip
@@ -297,6 +298,17 @@ def test_bad_input_is_one_message(
     done = cli("bench", *asked, *SHORT, "-o", tmp_path / "run")
     assert done.code == 2 and done.err.startswith("error: ") and said in done.err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.gpu
+def test_graphs_are_replayed_and_allocate_nothing(cli: Command, tmp_path: Path) -> None:
+    asked = ("--run", "mita(m=9,k=9)", "--tokens", "1024", "--dtype", "float16", "--cuda-graph")
+    done = cli("bench", *asked, "--bench", "both", "--seconds", 0, "-o", tmp_path / "run")
+    assert done.code == 0, done.err
+    rows = load_rows(tmp_path / "run")
+    assert set(rows["status"]) == {"ok"} and set(rows["mode"]) == {"eager", "cuda-graph"}
+    peaks = rows.pivot_table("peak_mib", ["run_with", "direction"], "mode")
+    assert (peaks["eager"] > 0).all() and np.allclose(peaks["eager"], peaks["cuda-graph"], atol=1)
 
 
 def test_help_has_examples(cli: Command) -> None:

@@ -198,7 +198,7 @@ def test_auto_takes_the_kernel_where_it_can(dtype: torch.dtype) -> None:
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
         mechanism("mita(m=4,k=6)")(q, q, q, layout=TokenLayout(0, (6, 7)))
     names = {event.key for event in seen.key_averages()}
-    assert ("attend_kernel" in names) == (dtype == torch.float32)
+    assert ("probe_kernel" in names) == (dtype == torch.float32)
 
 
 @pytest.mark.gpu

@@ -133,15 +133,39 @@ def once(attend: Attend, inputs: Inputs, backward: bool, also: Sequence[Tensor])
     return [out.detach(), *grads[:4]]
 
 
+class Captured:
+    """A call as a CUDA graph, captured when it is first called: its launches cost the host next to
+    nothing then, so that short ones are not timed waiting for Python.
+    """
+
+    def __init__(self, plain: Callable[[], object]) -> None:
+        self.plain = plain
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self) -> None:
+        if self.graph is None:
+            for _ in range(2):  # compiles and tunes, which a capture cannot
+                self.plain()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self.plain()
+            self.graph = graph
+        self.graph.replay()
+
+
 def core_runs(
-    parts: Mapping[str, Mechanism], shape: CoreShape, compiled: bool
+    parts: Mapping[str, Mechanism], shape: CoreShape, compiled: bool, captured: bool = False
 ) -> dict[str, Callable[[], object]]:
     """What is timed: one call per mechanism, all on the same random numbers."""
     inputs = Inputs.draw(shape, x=any("x" in part.needs for part in parts.values()))
 
     def run(part: Mechanism) -> Callable[[], object]:
         attend, learned = attending(part, shape, compiled), list(part.parameters())
-        return lambda: once(attend, inputs, shape.backward, learned)
+
+        def plain() -> object:
+            return once(attend, inputs, shape.backward, learned)
+
+        return Captured(plain) if captured else plain
 
     return {name: run(part) for name, part in parts.items()}
 

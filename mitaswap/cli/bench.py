@@ -77,6 +77,12 @@ def bench(
     compiled: Annotated[
         bool, typer.Option("--compile", help="Measure under torch.compile, too.")
     ] = False,
+    graphs: Annotated[
+        bool,
+        typer.Option(
+            "--cuda-graph", help="Core: measure replays of a CUDA graph, too: no launch overhead."
+        ),
+    ] = False,
     seconds: Annotated[
         float, typer.Option(min=0.0, help="Time per mechanism and point; at least 5 rounds.")
     ] = 2.0,
@@ -123,7 +129,7 @@ def bench(
         head_dims=tuple(_count("--head-dim", text) for text in _items(head_dim or "64")),
         dtypes=tuple(_items(dtype)),
         directions=("inference", "train") if direction == "both" else (direction,),
-        modes=("eager", "compile") if compiled else ("eager",),
+        modes=("eager", *["compile"] * compiled, *["cuda-graph"] * graphs),
         device=device,
         effort=Effort(seconds, num_warm_iter),
         seed=seed,

@@ -46,7 +46,7 @@ def conditions(rows: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
 
 
 def _mode(mode: str) -> str:
-    return "torch.compile" if mode == "compile" else mode
+    return {"compile": "torch.compile", "cuda-graph": "CUDA graph"}.get(mode, mode)
 
 
 def crossover(rows: pd.DataFrame) -> str:

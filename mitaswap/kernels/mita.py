@@ -22,9 +22,10 @@ from mitaswap.kernels.mita_backward import (
 )
 from mitaswap.kernels.mita_probe import marks_kernel, pool_kernel, probe_kernel
 from mitaswap.kernels.mita_settle import settle_kernel
+from mitaswap.kernels.mita_walk import walk_kernel
 
 #: most bytes of landmark scores held at once, as a share of the bytes of q
-SCORES_SHARE = 1.0
+SCORES_SHARE = 2.0
 #: and the least that is worth another round of launches
 SCORES_LEAST = 64 * 2**20
 
@@ -219,6 +220,17 @@ def attend_forward(
     block_d, routed = _power(dim, 16), bool(top)
     tile = attend_tile(tokens, m, s) if routed else 64
     tiles = s * tokens // tile + m if routed else _ceil(tokens, tile)
+    if routed and s == 1 and tokens <= 2048 and max(m, top) <= 32 and block_d <= 128:
+        programs = max(4, tokens // 128)
+        walk_kernel[(bh * programs,)](
+            q, k, v, saved.marks, saved.values, saved.members, saved.starts, saved.order, out,
+            saved.lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+            heads, tokens, programs, scale, again,
+            M=m, K=top, D=dim, BLOCK_D=block_d, T=tile, BLOCK_M=_power(m, 16),
+            BLOCK_K=_power(top, 16), SHARED=bool(sizes.shared), SAVE=save,
+            num_warps=4 if tile > 16 else 1, num_stages=1,
+        )  # fmt: skip
+        return out, saved
     several = routed and s > 1
     into, lse, part = out, saved.lse, 0
     if several:

@@ -51,6 +51,7 @@ def time_cores(
     def compute(on_images: Callable[[int], None]) -> list[Row]:
         torch.compiler.reset()
         shape, compiled = CoreShape(batch=batch, site=site, **vars(setting)), _compiled(about)
+        captured = about["mode"] == "cuda-graph"
         parts: dict[str, Mechanism] = {}
         verdicts: dict[str, Verdict] = {}
         found: dict[str, Measured] = {}
@@ -60,7 +61,7 @@ def time_cores(
                 found[str(spec)] = made
             else:
                 parts[str(spec)], verdicts[str(spec)] = made
-        runs = attempt(partial(core_runs, parts, shape, compiled), setting.device)
+        runs = attempt(partial(core_runs, parts, shape, compiled, captured), setting.device)
         if isinstance(runs, Failure):  # no room for q, k, v themselves
             found |= dict.fromkeys(parts, runs)
         else:

@@ -25,7 +25,7 @@ from mitaswap.tokens import TokenLayout
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 DIRECTIONS = {"inference": "forward", "train": "forward+backward"}
-MODES = ("eager", "compile")
+MODES = ("eager", "compile", "cuda-graph")
 
 #: what every comparison is against: softmax attention; it is measured first, asked for or not
 BASELINE = Spec("standard")
@@ -45,7 +45,7 @@ class BenchPlan:
         heads, head_dims: of the cores.
         dtypes: of all tensors, weights too.
         directions: "inference" and "train" (forward and backward).
-        modes: "eager" and "compile" (torch.compile).
+        modes: "eager", "compile" (torch.compile), "cuda-graph" (replays of a graph; cores on CUDA).
         device: torch device; "auto" takes CUDA when there is one.
         effort: time that is spent.
         seed: of inputs and random weights.
@@ -72,6 +72,7 @@ class BenchPlan:
         for kind, given, known in (
             ("dtype", self.dtypes, DTYPES),
             ("direction", self.directions, tuple(DIRECTIONS)),
+            ("mode", self.modes, MODES),
         ):
             for name in given:
                 if name not in known:
@@ -79,6 +80,12 @@ class BenchPlan:
         if self.torch_device.type not in ("cpu", "cuda"):
             raise MitaswapError(
                 f"times are taken on cpu and cuda, not on {self.device!r}; give --device cpu"
+            )
+        if "cuda-graph" in self.modes and (self.model or self.torch_device.type != "cuda"):
+            subject = f"the model {self.model}" if self.model else f"device {self.torch_device}"
+            raise MitaswapError(
+                f"CUDA graphs are timed of attention cores on a CUDA device, not of {subject}; "
+                "leave --cuda-graph out, or give --compile"
             )
         if self.model is None and 0 in self.batches:
             raise MitaswapError(
