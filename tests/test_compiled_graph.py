@@ -1,5 +1,5 @@
 """Under torch.compile the seam is gone: the graph has the operations of the untouched model, and
-before each call next to nothing is looked at that the untouched model does not have.
+before each call nothing is looked at in a layer that is not looked at in the untouched model.
 """
 
 from __future__ import annotations
@@ -13,14 +13,25 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import Model, Sharper, awaken, hf, images, one_thread, registered, run, timm_vit
+from networks import (
+    Gated,
+    Model,
+    Sharper,
+    awaken,
+    hf,
+    images,
+    one_thread,
+    registered,
+    run,
+    timm_vit,
+)
 from torch import Tensor, nn
 
 import mitaswap
 from mitaswap import Spec
 from mitaswap.mechanisms import MECHANISMS, Mechanism, mechanism
 from mitaswap.surgery import swapped_sites
-from mitaswap.surgery.seam import goes_straight
+from mitaswap.surgery.attend import goes_straight
 from mitaswap.surgery.witness import example_input
 
 
@@ -89,42 +100,58 @@ def guards(library: str, depth: int, spec: str | None) -> list[Any]:
     return found
 
 
-def added(library: str, spec: str) -> float:
-    """How many guards a layer has more than one of the untouched network."""
-    few, many, few_untouched, many_untouched = (
-        len(guards(library, depth, how)) for how in (spec, None) for depth in (2, 4)
-    )
-    assert many_untouched - few_untouched > 200
-    return (many - few - (many_untouched - few_untouched)) / 2
-
-
-@pytest.mark.parametrize("library", ["timm", "transformers"])
-def test_an_identity_swap_adds_four_guards_to_a_layer(library: str) -> None:
-    """Before this was counted there were 16 and 19, which took a tiny network a fifth of its time.
-
-    The four: `_mitaswap_attend`, `_mitaswap_straight`, the class of the mechanism and `reference`.
+def of_a_layer(library: str, spec: str | None, layer: int = 1) -> list[Any]:
+    """What of that belongs to one layer. An object that several layers have in common belongs to
+    the first and is checked once, with a note in each of the others that it is the same.
     """
-    # up to transformers 5.17 every compiled forward brings a mask, and the mechanism is asked
-    masked = any("_mitaswap_supports" in guard.name for guard in guards(library, 1, "standard"))
-    assert added(library, "standard") <= (8 if masked else 4)
+    return [g for g in guards(library, 2, spec) if f"_modules['{layer}']" in g.name]
 
 
-def test_a_mechanism_that_needs_the_grid_adds_ten() -> None:
-    assert added("timm", "gridded") <= 10
+def added(library: str, spec: str) -> int:
+    """How many guards a layer has more than one of the untouched network."""
+    untouched = of_a_layer(library, None)
+    assert len(untouched) > 100
+    return len(of_a_layer(library, spec)) - len(untouched)
 
 
-@pytest.mark.parametrize("spec", ["standard", "linear", "gridded", "agent(n=4)"])
+@pytest.mark.parametrize("spec", ["standard", "linear", "topk(k=5)"])
+@pytest.mark.parametrize("library", ["timm", "transformers"])
+def test_a_mechanism_without_a_state_adds_no_guard_to_a_layer(library: str, spec: str) -> None:
+    """Before this was counted there were 16 and 19, which took a tiny network a fifth of its
+    time.
+    """
+    assert added(library, spec) == 0
+
+
+def test_nor_does_the_whole_network_have_more_guards_for_more_swapped_layers() -> None:
+    """A second way to count, which does not go by names."""
+    few, many, few_untouched, many_untouched = (
+        len(guards("timm", depth, how)) for how in ("standard", None) for depth in (2, 4)
+    )
+    assert many - few == many_untouched - few_untouched > 200
+
+
+@pytest.mark.parametrize(
+    ("spec", "most"), [("gridded", 1), ("agent(n=4)", 1), ("mita(m=4,k=4)", 1), ("gated", 4)]
+)
+def test_the_grid_adds_one_and_learned_parts_add_themselves(spec: str, most: int) -> None:
+    with registered(gated=Gated):
+        assert 0 < added("timm", spec) <= most
+
+
+@pytest.mark.parametrize("spec", ["gridded", "agent(n=4)", "gated", "performer"])
 def test_what_a_layer_is_guarded_on_is_plain_or_common_to_all_layers(spec: str) -> None:
     """One object of its own (a `Seam`, a layout, options, a property), and torch 2.9 to 2.11 look
     at the whole layer before every call, which they skip in the untouched network.
     """
 
     def kinds(spec: str | None) -> set[type]:
-        second = [g for g in guards("timm", 2, spec) if "_modules['1']" in g.name]
+        second = of_a_layer("timm", spec)
         return {type(g.value) for g in second if g.guard_type != "DUPLICATE_INPUT"}
 
-    new = kinds(spec) - kinds(None)
-    assert new and all(issubclass(kind, (nn.Module, bool, tuple, NoneType)) for kind in new)
+    with registered(gated=Gated):
+        new = kinds(spec) - kinds(None)
+    assert new and all(issubclass(k, (nn.Module, Tensor, dict, bool, NoneType)) for k in new)
 
 
 # ------------------------------------------------------------------------------------- correctness
@@ -138,7 +165,7 @@ def any_size() -> Model:
 
 
 @pytest.mark.parametrize("part", ["whole", "blocks", "patches"])
-@pytest.mark.parametrize("spec", ["gridded", "standard"])
+@pytest.mark.parametrize("spec", ["gridded", "standard", "linear"])
 def test_grids_take_turns_and_each_is_compiled_once(spec: str, part: str) -> None:
     """Also two of as many tokens, and with forwards in between that are not compiled."""
     model, compiled = any_size(), 0
@@ -163,7 +190,7 @@ def test_grids_take_turns_and_each_is_compiled_once(spec: str, part: str) -> Non
     assert compiled <= 4 * len(parts)
 
 
-@pytest.mark.parametrize("spec", ["gridded", "standard"])
+@pytest.mark.parametrize("spec", ["gridded", "standard", "linear"])
 def test_an_observer_sees_compiled_forwards(spec: str) -> None:
     model, seen = any_size(), []
     handle = mitaswap.swap(model, spec)

@@ -34,7 +34,7 @@ from mitaswap import MitaswapError, TokenLayout
 from mitaswap.errors import SwapError
 from mitaswap.mechanisms import SiteShape
 from mitaswap.surgery import seam, swapped_sites, walk
-from mitaswap.surgery.interface import INTERFACE
+from mitaswap.surgery.interface import is_shadow
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -78,8 +78,7 @@ def test_route(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     mitaswap.swap(model, "standard", example=example)
     modules = [m for m in model.modules() if isinstance(m, seam.Swapped)]
     for module in modules:
-        config = getattr(module, "config", None)
-        by_interface = getattr(config, "_attn_implementation", None) == INTERFACE
+        by_interface = is_shadow(getattr(module, "config", None))
         by_mode = any(module is one for one in entered)
         assert not (by_interface and by_mode)
         route = "interface" if by_interface else "mode" if by_mode else "source"

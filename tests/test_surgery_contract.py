@@ -40,7 +40,7 @@ import mitaswap
 from mitaswap import MitaswapError, Recipe, TokenLayout
 from mitaswap.errors import SwapError
 from mitaswap.mechanisms import SiteShape
-from mitaswap.surgery import Handle, recipe_of, seam, swap, swapped_sites, walk
+from mitaswap.surgery import Handle, recipe_of, swap, swapped_sites, walk
 
 EACH_ROUTE = ["timm-vit", "hf-vit", "hand-made"]
 SPECS = ["standard", "linear", "agent(n=4)", "mita(m=4,k=4)"]
@@ -662,9 +662,12 @@ def test_an_observer_sees_every_attention_call_and_only_one_may_look() -> None:
 
 
 def test_one_class_serves_all_modules_of_a_class() -> None:
-    original: Any = type(build("timm-vit").get_submodule("blocks.0.attn"))
-    one: Any = seam.seam_class(original)
-    assert one is seam.seam_class(original)
+    model = build("timm-vit")
+    original: Any = type(model.get_submodule("blocks.0.attn"))
+    swap(model, "linear")
+    one, other = (type(model.get_submodule(f"blocks.{i}.attn")) for i in range(2))
+    assert one is other
+    assert type(copy.deepcopy(model).get_submodule("blocks.0.attn")) is one
     assert issubclass(one, original) and one.__name__ == "SwappedAttention"
     assert one.forward.__doc__ == original.forward.__doc__
     source = one.forward.__code__

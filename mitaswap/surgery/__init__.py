@@ -1,8 +1,9 @@
 """Putting mechanisms into networks and taking them out again: the only code that touches a network.
 
 `witness` watches one dry forward, `sites` judges what it saw, `seam` makes the class whose
-attention call is diverted (`divert` rewrites its source, `interface` is Hugging Face's way), `swap`
-applies and undoes it, `known` lists the modules that look like attention and are not.
+attention call is diverted (`divert` rewrites its source, `interface` is Hugging Face's way) to
+`attend`, `swap` applies and undoes it, `known` lists the modules that look like attention and are
+not.
 """
 
 from mitaswap.surgery.sites import Site, walk

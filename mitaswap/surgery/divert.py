@@ -7,14 +7,17 @@ import inspect
 import textwrap
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch.nn.functional as F
 
+#: what the calls that replace `scaled_dot_product_attention` are called in the new source
+_ATTEND = "_mitaswap_attend"
 
-def divert(function: Callable[..., Any], method: str) -> Callable[..., Any] | None:
-    """`function`, compiled again with its one `scaled_dot_product_attention(...)` as `<first
-    argument>.method(...)`.
+
+def divert(function: Callable[..., Any], attend: Callable[..., Any]) -> Callable[..., Any] | None:
+    """`function`, compiled again with its one `scaled_dot_product_attention(...)` as
+    `attend(<first argument>, ...)`.
 
     Returns:
         The new function in the same module's namespace, with the same line numbers; None where that
@@ -33,10 +36,9 @@ def divert(function: Callable[..., Any], method: str) -> Callable[..., Any] | No
     calls = [node for node in ast.walk(tree) if _is_attention(node, function.__globals__)]
     if len(calls) != 1:
         return None
-    calls[0].func = ast.copy_location(  # type: ignore[attr-defined]
-        ast.Attribute(ast.Name(definition.args.args[0].arg, ast.Load()), method, ast.Load()),
-        calls[0],
-    )
+    first = definition.args.args[0].arg
+    calls[0].func = ast.copy_location(ast.Name(_ATTEND, ast.Load()), calls[0])
+    calls[0].args.insert(0, ast.copy_location(ast.Name(first, ast.Load()), calls[0]))
     definition.returns = None
     for argument in ast.walk(definition.args):
         if isinstance(argument, ast.arg):
@@ -45,16 +47,27 @@ def divert(function: Callable[..., Any], method: str) -> Callable[..., Any] | No
             )
     definition.args.defaults = [ast.Constant(None) for _ in definition.args.defaults]
     definition.args.kw_defaults = [d and ast.Constant(None) for d in definition.args.kw_defaults]
+    tree.body = [_with_attend(definition)]
     ast.increment_lineno(ast.fix_missing_locations(tree), start - 1)
     namespace: dict[str, Any] = {}
     exec(compile(tree, function.__code__.co_filename, "exec"), function.__globals__, namespace)
-    new = namespace[definition.name]
+    new = namespace[_ATTEND](attend)
     new.__defaults__, new.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
     new.__qualname__, new.__doc__ = function.__qualname__, function.__doc__
     return new
 
 
-def _is_attention(node: ast.AST, namespace: dict[str, Any]) -> bool:
+def _with_attend(definition: ast.FunctionDef) -> ast.stmt:
+    """The definition of a function that takes `attend` and returns the one that is defined: a free
+    variable is found without a look at the module.
+    """
+    (made,) = ast.parse(f"def {_ATTEND}({_ATTEND}): return {definition.name}").body
+    assert isinstance(made, ast.FunctionDef)
+    made.body.insert(0, definition)
+    return made
+
+
+def _is_attention(node: ast.AST, namespace: dict[str, Any]) -> TypeGuard[ast.Call]:
     if not isinstance(node, ast.Call) or "scaled_dot_product_attention" not in ast.unparse(
         node.func
     ):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,8 +15,9 @@ from torch import Tensor, nn
 from mitaswap.errors import SwapError
 from mitaswap.surgery.divert import divert
 
-#: name of our function in transformers' attention and mask registries
+#: what the names of our functions in transformers' attention and mask registries begin with
 INTERFACE = "mitaswap"
+_numbers = itertools.count()
 
 
 def no_map(module: Any) -> SwapError:
@@ -38,14 +41,24 @@ def uses_interface(cls: type[nn.Module]) -> bool:
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
 
 
-def shadow_config(config: Any) -> Any:
-    """A copy of a Hugging Face config that names our attention function; the model's own stays as
-    it is.
+def shadow_config(config: Any, name: str) -> Any:
+    """A copy of a Hugging Face config that names an attention function of ours; the model's own
+    stays as it is.
     """
     shadow = copy.copy(config)
-    # not through the property: its setter would also change the sub-configs, which the copy shares
-    shadow._attn_implementation_internal = INTERFACE
+    name_in(shadow, name)
     return shadow
+
+
+def name_in(shadow: Any, name: str) -> None:
+    """Name an attention function in a shadow config."""
+    # not through the property: its setter would also change the sub-configs, which the copy shares
+    shadow._attn_implementation_internal = name
+
+
+def is_shadow(config: Any) -> bool:
+    """Whether this is a shadow config."""
+    return str(getattr(config, "_attn_implementation", "")).startswith(INTERFACE)
 
 
 def _maps_are_collected() -> bool:
@@ -70,17 +83,18 @@ def _collector() -> Any:
 
 
 @functools.cache
-def register_interface() -> None:
-    """Enter our function in transformers' registry of attention functions, and sdpa's masks beside
-    it.
+def interface(attend: Callable[..., Tensor]) -> str:
+    """The name of our function in transformers' registry of attention functions that goes to
+    `attend`; entered there when it is first asked for, and sdpa's masks beside it.
 
-    Without the second, transformers drops padding masks for a name it does not know.
+    Without the second, transformers drops padding masks for a name it does not know. A function of
+    one name for all would have to read `attend` from each module.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
     from transformers.modeling_utils import AttentionInterface
 
-    diverted = divert(sdpa_attention_forward, "_mitaswap_attend")
+    diverted = divert(sdpa_attention_forward, attend)
     if diverted is None:
         raise SwapError(
             "this version of transformers computes sdpa attention in a way mitaswap does not know; "
@@ -101,5 +115,7 @@ def register_interface() -> None:
             )
         return diverted(module, *args, **kwargs)
 
-    AttentionInterface.register(INTERFACE, attention)
-    AttentionMaskInterface.register(INTERFACE, sdpa_mask)
+    name = f"{INTERFACE}-{next(_numbers)}"
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, sdpa_mask)
+    return name

@@ -4,7 +4,7 @@ Nothing of the upstream forward is copied by hand. The call goes to a mechanism 
 that fits:
 
 - `source`: the class's own forward calls `scaled_dot_product_attention`. It is compiled again from
-  its own source with that one call turned into `self._mitaswap_attend`, once per class.
+  its own source with that one call going to our `attend`, once per class and `Way`.
 - `interface`: a Hugging Face module asks its config which attention function to use. It gets a
   shadow config that names ours, which is the library's own sdpa function, diverted in the same way.
 - `mode`: anywhere else a TorchFunctionMode diverts the call while the module's forward runs.
@@ -14,20 +14,19 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.compiler import is_compiling
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from mitaswap.errors import MitaswapError, SwapError
+from mitaswap.errors import SwapError
 from mitaswap.mechanisms import Mechanism
+from mitaswap.surgery.attend import Attend, Way, attend_by, way_of
 from mitaswap.surgery.divert import divert
 from mitaswap.surgery.grid import GridTracker
-from mitaswap.surgery.interface import no_map, register_interface, uses_interface
+from mitaswap.surgery.interface import interface, is_shadow, name_in, no_map, uses_interface
 from mitaswap.surgery.tap import InputTap
 from mitaswap.tokens import TokenLayout
 
@@ -57,20 +56,16 @@ class Seam:
 class Swapped:
     """Mixed into the class of a swapped module.
 
-    What every forward reads stands beside `_mitaswap` in the module's own `__dict__`. In a compiled
-    model Dynamo looks at each object on the way to a value again before every call: at the members
-    of a `Seam` in each layer, but only once at objects that all layers have in common. A layer
-    whose modules hold nothing but plain values and such objects may even be skipped whole.
+    What every eager forward reads stands beside `_mitaswap` in the module's own `__dict__`, where a
+    compiled one that has to read it finds plain values and objects that all layers have in common.
     """
 
     _mitaswap_original: type[nn.Module]
+    #: how its attention calls go to the mechanism; None until the state of a copy is there
+    _mitaswap_way: Way | None
     _mitaswap: Seam
     _mitaswap_tracker: GridTracker
     _mitaswap_tap: InputTap | None
-    #: what the mechanism takes besides q, k, v; as a tuple, which Dynamo takes for a plain value
-    _mitaswap_supports: tuple[str, ...]
-    #: whether a compiled forward goes to the mechanism at once
-    _mitaswap_straight: bool
     mitaswap: Mechanism
     _modules: dict[str, Any]
 
@@ -80,95 +75,28 @@ class Swapped:
                 f"{self._mitaswap.site.path} is swapped to {self.mitaswap.spec}: fused_attn=False "
                 "would bypass it. Call mitaswap.revert(model) first."
             )
+        way = self._mitaswap_way
+        if name == "mitaswap" and name in self._modules and way and way.fixed is not None:
+            raise SwapError(
+                f"{self._mitaswap.site.path} is swapped to {self.mitaswap.spec}, which compiled "
+                "forwards know by the module's class: another one set here would be passed over. "
+                "Call mitaswap.revert(model) and swap again."
+            )
         super().__setattr__(name, value)
-
-    def _mitaswap_attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        """Takes the place of `scaled_dot_product_attention`, with its signature."""
-        mechanism = self._modules["mitaswap"]  # nn.Module's own attribute access is slow
-        if enable_gqa and key.shape[1] != query.shape[1]:
-            groups = query.shape[1] // key.shape[1]
-            key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-        extra: dict[str, Any] = {}
-        if attn_mask is not None:
-            _require(self, "bias", "an attention mask or bias")
-            extra["attn_mask"] = attn_mask
-        if is_causal:
-            _require(self, "causal", "is_causal=True")
-            extra["is_causal"] = True
-        if dropout_p > 0.0:
-            _require(self, "dropout", f"attention dropout p={dropout_p}")
-            extra["dropout_p"] = dropout_p
-        if scale is None:
-            scale = 1.0 / math.sqrt(query.shape[3])
-        compiling = is_compiling()
-        if compiling and self._mitaswap_straight:
-            # no layout: the mechanism does not read it, and each layer would be guarded on it
-            return mechanism.reference(query, key, value, layout=None, scale=scale, **extra)
-        tracker = self._mitaswap_tracker
-        layout = tracker.new_layout() if compiling else tracker.layout()
-        if compiling or (layout, query.shape[2]) != self._mitaswap.checked:
-            _check(self, layout, query)
-        if self._mitaswap_tap is not None:
-            extra["x"] = self._mitaswap_tap.take(query)
-        if tracker.observer is not None:
-            tracker.observer(self._mitaswap.site.path, mechanism, query, key, layout, scale)
-        # `run`, not a call: what a call would check is checked above, and small models feel it
-        return mechanism.run(query, key, value, layout, scale, extra)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _rebuild, (self._mitaswap_original,), self.__dict__
 
-
-#: what switches off what a mechanism cannot honour
-_INSTEAD = {
-    "dropout": "Build the network without it (timm: attn_drop_rate=0; transformers: "
-    "attention_probs_dropout_prob=0). "
-}
-
-
-# functions, not methods: Dynamo guards in each layer on the way to a method
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        way = way_of(self.mitaswap, self._mitaswap.site)
+        self.__class__ = seam_class(self._mitaswap_original, way)  # type: ignore
+        config = state.get("config")
+        if is_shadow(config):  # our function may have had another name where it was pickled
+            name_in(config, interface(attend_by(way)))
 
 
-def _require(module: Swapped, part: str, what: str) -> None:
-    if part not in module._mitaswap_supports:
-        raise SwapError(
-            f"{module._mitaswap.site.path}: this forward brings {what}, which "
-            f"{module.mitaswap.spec} cannot honour. {_INSTEAD.get(part, '')}"
-            "Mechanisms that can: see `mitaswap ls`; or leave this layer out with layers=..."
-        )
-
-
-def _check(module: Swapped, layout: TokenLayout, query: Tensor) -> None:
-    """Whether sequence, layout and the mechanism's options fit each other; asked once for each new
-    layout, and by compiled forwards while they are traced.
-    """
-    tokens = query.shape[2]
-    if tokens != layout.tokens:
-        raise SwapError(
-            f"{module._mitaswap.site.path}: got {tokens} tokens, but the image was cut into "
-            f"{layout} = {layout.tokens}. Patch dropout, token merging and packed images change "
-            "the sequence behind the grid; switch them off (timm: patch_drop_rate=0), or revert "
-            "this layer."
-        )
-    try:
-        module.mitaswap.check(layout, query.shape[3])
-    except MitaswapError as error:
-        raise SwapError(f"{module._mitaswap.site.path}: {error}") from None
-    if not is_compiling():
-        module._mitaswap.checked = layout, tokens
-
-
-def install(module: Any, mechanism: Mechanism, seam: Seam, config: Any) -> None:
+def install(module: Any, mechanism: Mechanism, way: Way, seam: Seam, config: Any) -> None:
     """Make `module` a swapped one, in place. `config` is its shadow config, None for a module that
     is not Hugging Face's.
     """
@@ -178,13 +106,11 @@ def install(module: Any, mechanism: Mechanism, seam: Seam, config: Any) -> None:
         "_mitaswap": seam,
         "_mitaswap_tracker": seam.tracker,
         "_mitaswap_tap": seam.tap,
-        "_mitaswap_supports": tuple(sorted(mechanism.supports)),
-        "_mitaswap_straight": goes_straight(mechanism),
     }
     if config is not None:
         put["config"] = config
     seam.covered = {name: vars(module)[name] for name in put if name in vars(module)}
-    module.__class__ = seam_class(type(module))  # type: ignore[arg-type]
+    module.__class__ = seam_class(type(module), way)  # type: ignore[arg-type]
     vars(module).update(put)
     module.mitaswap = mechanism
 
@@ -203,32 +129,28 @@ def uninstall(module: Any) -> None:
     module._modules.pop("mitaswap", None)
 
 
-def goes_straight(mechanism: Mechanism) -> bool:
-    """Whether a mechanism reads q, k and v alone, so that a compiled forward has nothing to find
-    out or to check for it.
-    """
-    cls = type(mechanism)
-    plain = cls.check is Mechanism.check and cls.run is Mechanism.run
-    return plain and not mechanism.needs and mechanism.options.impl != "fused"
-
-
 def _rebuild(original: type[nn.Module]) -> nn.Module:
-    cls: Any = seam_class(original)  # type: ignore[arg-type]
+    cls: Any = seam_class(original, None)  # type: ignore[arg-type]
     return cls.__new__(cls)
 
 
 @functools.cache
-def seam_class(original: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of `original` with its attention call diverted; one per class, picklable."""
+def seam_class(original: type[nn.Module], way: Way | None) -> type[nn.Module]:
+    """The subclass of `original` with its attention call going `way`, picklable; without a way one
+    for modules that still wait for their state.
+    """
     members: dict[str, Any] = {
         "_mitaswap_original": original,
+        "_mitaswap_way": way,
         "__module__": original.__module__,
         "__doc__": original.__doc__,
     }
     if uses_interface(original):
-        register_interface()
-    else:
-        forward = divert(original.forward, "_mitaswap_attend") or _diverting(original)
+        # in the class itself: where Dynamo has to pass a base class without it, it guards on that
+        members["forward"] = original.forward
+    elif way is not None:
+        attend = attend_by(way)
+        forward = divert(original.forward, attend) or _diverting(original, attend)
         names = list(inspect.signature(original.forward).parameters)
         if "output_attentions" in names:
             forward = _without_map(forward, names.index("output_attentions") - 1)
@@ -237,19 +159,20 @@ def seam_class(original: type[nn.Module]) -> type[nn.Module]:
 
 
 class _Divert(TorchFunctionMode):
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: Any, attend: Attend) -> None:
         super().__init__()
         self.module = module
+        self.attend = attend
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
-            return self.module._mitaswap_attend(*args, **(kwargs or {}))
+            return self.attend(self.module, *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
-def _diverting(original: type[nn.Module]) -> Callable[..., Any]:
+def _diverting(original: type[nn.Module], attend: Attend) -> Callable[..., Any]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with _Divert(self):
+        with _Divert(self, attend):
             return original.forward(self, *args, **kwargs)
 
     return forward

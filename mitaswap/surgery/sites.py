@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mitaswap.errors import SwapError
-from mitaswap.surgery.interface import INTERFACE, has_interface
+from mitaswap.surgery.interface import has_interface, is_shadow
 from mitaswap.surgery.known import refusal, suffix_tokens
 from mitaswap.surgery.seam import Swapped
 from mitaswap.surgery.witness import Call, example_input, witness
@@ -231,7 +231,7 @@ def _unseen(module: nn.Module) -> str | None:
         return "attention inside nn.MultiheadAttention"
     if has_interface(module):
         used = getattr(module.config, "_attn_implementation", None)
-        return None if used in ("sdpa", INTERFACE) else f"attention by {used!r}"
+        return None if used == "sdpa" or is_shadow(module.config) else f"attention by {used!r}"
     return None
 
 

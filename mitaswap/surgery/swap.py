@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from mitaswap.errors import MitaswapError, SwapError
 from mitaswap.mechanisms import Mechanism, SiteShape, mechanism
 from mitaswap.spec import Recipe, Spec
+from mitaswap.surgery.attend import attend_by, observing, way_of
 from mitaswap.surgery.grid import GridTracker, Observer, untrack
-from mitaswap.surgery.interface import has_interface, shadow_config
-from mitaswap.surgery.seam import Seam, Swapped, goes_straight, install, seam_class, uninstall
+from mitaswap.surgery.interface import has_interface, interface, shadow_config
+from mitaswap.surgery.seam import Seam, Swapped, install, uninstall
 from mitaswap.surgery.sites import Site, walk
 from mitaswap.surgery.tap import InputTap
 from mitaswap.surgery.witness import dry_run, example_input
@@ -47,17 +48,14 @@ class Handle:
         trackers = {id(seam.tracker): seam.tracker for seam in seams}.values()
         if any(tracker.observer is not None for tracker in trackers):
             raise SwapError("this model is being observed already")
-        self._pass_by(observer, trackers)
-        try:
-            yield
-        finally:
-            self._pass_by(None, trackers)
-
-    def _pass_by(self, observer: Observer | None, trackers: Iterable[GridTracker]) -> None:
         for tracker in trackers:
             tracker.observer = observer
-        for _, module in _swapped(self.model):  # what goes straight does not come past an observer
-            module._mitaswap_straight = observer is None and goes_straight(module.mitaswap)
+        try:
+            with observing():
+                yield
+        finally:
+            for tracker in trackers:
+                tracker.observer = None
 
     def __enter__(self) -> nn.Module:
         return self.model
@@ -144,7 +142,7 @@ def revert(model: nn.Module) -> nn.Module:
     if not swapped:
         raise SwapError(f"nothing is swapped in this {type(model).__name__}")
     for path, module in swapped:
-        if type(module) is not seam_class(module._mitaswap_original):
+        if "_mitaswap_original" not in vars(type(module)):
             raise SwapError(
                 f"{path} is a {type(module).__name__} now: another library (FSDP, ...) changed its "
                 "class after the swap. "
@@ -238,7 +236,7 @@ def _build(spec: Spec, site: Site, built: TokenLayout | None, equal: dict[Any, A
 
 def _install(model: nn.Module, sites: Sequence[Site], built: dict[str, Mechanism]) -> None:
     trackers: dict[Any, GridTracker] = {}
-    shadows: dict[int, Any] = {}
+    shadows: dict[Any, Any] = {}
     modules = dict(model.named_modules())
     for site in sites:
         assert site.layout is not None
@@ -256,15 +254,17 @@ def _install(model: nn.Module, sites: Sequence[Site], built: dict[str, Mechanism
         part = built[site.path].to(device=weight.device)
         if weight.is_floating_point():
             part = part.to(dtype=weight.dtype)
-        shadow = None
-        if has_interface(module):  # as many shadows as there are configs, usually one
+        way, shadow = way_of(part, site), None
+        if has_interface(module):  # one shadow for each config and way, usually one in all
             own = module.config
-            shadow = shadows[id(own)] = shadows.get(id(own)) or shadow_config(own)
+            if (id(own), way) not in shadows:
+                shadows[id(own), way] = shadow_config(own, interface(attend_by(way)))
+            shadow = shadows[id(own), way]
         tap = InputTap(site.path, site.channels_last) if "x" in part.needs else None
         if tap is not None:
             module.register_forward_pre_hook(tap.before, with_kwargs=True)
         seam = Seam(site, trackers[site.grid_from, site.layout], tap)
-        install(module, part.train(module.training), seam, shadow)
+        install(module, part.train(module.training), way, seam, shadow)
 
 
 def _verify(model: nn.Module, example: Any, paths: list[str]) -> None:
