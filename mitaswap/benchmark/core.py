@@ -108,7 +108,9 @@ def attending(part: Mechanism, shape: CoreShape, compiled: bool = False) -> Atte
     return compile_alone(attend, str(part.spec)) if compiled else attend
 
 
-def compile_alone(call: Callable[..., Any], name: str) -> Callable[..., Any]:
+def compile_alone(
+    call: Callable[..., Any], name: str, fullgraph: bool = False
+) -> Callable[..., Any]:
     """`torch.compile` for the shapes that come, of code that belongs to this call only: closures of
     one function share their code, and the compiler would take them for one that changes.
     """
@@ -116,7 +118,7 @@ def compile_alone(call: Callable[..., Any], name: str) -> Callable[..., Any]:
     alone = types.FunctionType(
         code, call.__globals__, code.co_name, call.__defaults__, call.__closure__
     )
-    return torch.compile(alone, dynamic=False)
+    return torch.compile(alone, dynamic=False, fullgraph=fullgraph)
 
 
 def once(attend: Attend, inputs: Inputs, backward: bool, also: Sequence[Tensor]) -> list[Any]:
