@@ -162,7 +162,8 @@ def _probe(q: Tensor, k: Tensor, v: Tensor, sizes: Sizes, scale: float, saved: S
     # right.
     block_m = min(_power(m, 16 if wide else 32), 64 if wide else 128)
     blocks_m = _ceil(m, block_m)
-    narrow = not wide and block_m <= 64
+    # four programs of 128 registers on a multiprocessor; larger blocks of landmarks would spill
+    narrow = not wide and block_m <= 32
     tile = max(512, _power(_ceil(tokens, 128)))
     tiles = _ceil(tokens, tile)
     shared, routed = bool(sizes.shared), bool(top)
@@ -187,8 +188,8 @@ def _probe(q: Tensor, k: Tensor, v: Tensor, sizes: Sizes, scale: float, saved: S
             heads, tokens, m, tiles, groups, first, scale,
             S=s, G=group, D=dim, BLOCK_D=block_d, BLOCK_M=block_m, BLOCKS_M=blocks_m,
             BLOCK_N=64, TILE=tile, ROUTED=routed, SHARED=shared,
-            num_warps=4 if narrow else 8, num_stages=3 if narrow else 2,
-            maxnreg=128 if narrow else None,  # four programs on a multiprocessor
+            num_warps=8 if wide else 4, num_stages=2 if wide or block_m > 64 else 3,
+            maxnreg=128 if narrow else None,
         )  # fmt: skip
         settle_kernel[(now * m + now * tiles * routed,)](
             scores, peaks, picked, saved.members, part_v, part_top[0], part_top[1], saved.values,
@@ -218,7 +219,8 @@ def attend_forward(
         return out, saved
     _probe(q, k, v, sizes, scale, saved)
     block_d, routed = _power(dim, 16), bool(top)
-    tile = attend_tile(tokens, m, s) if routed else 64
+    # between the two, tiles of 32 would fit better, but are slower than either
+    tile = 16 if routed and tokens * s <= 32 * m else 64
     tiles = s * tokens // tile + m if routed else _ceil(tokens, tile)
     if routed and s == 1 and tokens <= 2048 and max(m, top) <= 32 and block_d <= 128:
         programs = max(4, tokens // 128)
