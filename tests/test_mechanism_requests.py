@@ -81,6 +81,53 @@ BAD_SIZES = [
     Bad("mhla(m=6,eps=-1.0)", "eps=-1.0 must be 0 or more; use eps=0"),
     Bad("ttt(eta=-1.0)", "eta=-1.0 must be 0 or more; use eta=0"),
     Bad("vit3(lr=-1.0)", "lr=-1.0 must be 0 or more; use lr=0"),
+    Bad("inline(t=-1.0)", "t=-1.0 must be 0 or more; use t=0"),
+    Bad("focused(floor=-0.5)", "floor=-0.5 must be 0 or more; use floor=0"),
+    Bad(
+        "nsa(first=8)",
+        "first=8 must be between 0 and the 7 blocks of k beside the query's own; use first=7",
+        LAYOUT,
+    ),
+    Bad(
+        "nsa(k=4,first=5,own=false)",
+        "first=5 must be between 0 and the 4 blocks that are selected (k); use first=4",
+    ),
+    Bad(
+        "dsa(k=4,rope=true,index_dim=7)",
+        "index_dim=7 must be 8 or more, as rope turns pairs of half of it; use index_dim=8",
+    ),
+    Bad(
+        "polaformer(conv=-1)",
+        "conv=-1 must be 0 or more, which leaves out the convolution; use conv=0",
+    ),
+    Bad(
+        "polaformer(conv=4)",
+        "conv=4 must be odd, or the convolution is not centred; use conv=5, or conv=0 to leave it "
+        "out",
+    ),
+    Bad(
+        "nystrom(m=4,conv=-1)",
+        "conv=-1 must be 0 or more, which leaves out the convolution; use conv=0",
+    ),
+    Bad(
+        "nystrom(m=4,conv=34)",
+        "conv=34 must be odd, or the convolution is not centred; use conv=35, or conv=0 to leave "
+        "it out",
+    ),
+    Bad(
+        "linear+dwc(share=true,kernel=2)",
+        "kernel=2 must be odd and at least 1, or the convolution is not centred; use kernel=3",
+    ),
+    Bad(
+        "ttt(batch=0,positions=true)",
+        "positions=true learns a factor for each position of a mini-batch; with batch=0 their "
+        "number would follow the image; use batch=16",
+    ),
+    Bad(
+        "vit3(conv=all,rope=true)",
+        "rope=true turns queries and keys of heads with a gated unit, and conv=all leaves none; "
+        "use rope=false, or conv=last, none or extra",
+    ),
 ]
 
 
@@ -156,6 +203,17 @@ def test_a_wrapper_alone(given: str) -> None:
             "unknown value of variant in 'mita(variant=route)': 'route'. "
             "Did you mean 'route-only'? Allowed: compress-only, full, route-only.",
         ),
+        (
+            "focused(eps_of=mode)",
+            "unknown value of eps_of in 'focused(eps_of=mode)': 'mode'. Did you mean 'mean'? "
+            "Allowed: mean, sum.",
+        ),
+        (
+            "sparsifiner(mask_scale=head)",
+            "unknown value of mask_scale in 'sparsifiner(mask_scale=head)': 'head'. Did you mean "
+            "'heads'? Allowed: heads, site.",
+        ),
+        ("linear+dwc(share=2)", "share=2 in 'dwc(share=2)' must be of type bool"),
         (
             "agent(impl=triton)",
             "unknown value of impl in 'agent(impl=triton)': 'triton'. "

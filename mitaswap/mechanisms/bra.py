@@ -4,6 +4,7 @@ patches of those (BiFormer, Zhu et al. 2023).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -35,12 +36,16 @@ class BraOptions(Options):
         pool: regions as `AxB`; `auto` chooses the most square ones.
         graph: `shared` routes all heads alike, by the affinity over the full width (the paper);
             `per-head` gives every head its own choice of regions.
+        scale: `site` scales logits as the site does, by 1 / sqrt(d) of one head's width (the
+            paper); `width` divides that by sqrt(H): 1 / sqrt(C) of the width C = H d of all heads,
+            as in the released code.
     """
 
     n: int = 49
     k: int = 16
     pool: str = "auto"
     graph: Literal["shared", "per-head"] = "shared"
+    scale: Literal["site", "width"] = "site"
 
 
 @MECHANISMS.register("bra")
@@ -51,8 +56,8 @@ class Bra(Mechanism):
     Regions are disjoint windows, one row or column smaller than others where the grid does not
     divide. No gradient goes through the choice. Special tokens are in no region: as keys they are
     in every query's softmax, as queries they read all keys. The output is softmax attention at k =
-    n. The paper's module is bra+dwc(kernel=5); its code scales logits by 1 / sqrt(C) of the full
-    width C, the paper and this one by the site's scale.
+    n. The paper's module is bra+dwc(kernel=5), that of the released code
+    bra(scale=width)+dwc(kernel=5).
     """
 
     options_type = BraOptions
@@ -72,6 +77,8 @@ class Bra(Mechanism):
         {"n": 16, "k": 3},
         {"n": 12, "k": 2, "graph": "per-head"},
         {"n": 20, "k": 3, "pool": "4x5"},
+        {"n": 16, "k": 2, "graph": "per-head", "scale": "width"},
+        {"n": 9, "k": 9},
     )
     needs = frozenset({"grid"})
     axes = (("N", "n"),)
@@ -82,8 +89,14 @@ class Bra(Mechanism):
 
     @property
     def traits(self) -> frozenset[str]:  # type: ignore[override]
-        held = {"linear", "averages", "convex", "scaled", "special-set", "routed-softmax"}
-        return frozenset(held | {"heads"} if self.options.graph == "per-head" else held)
+        held = {"linear", "averages", "convex", "scaled", "special-set"}
+        every = self.options.k == self.options.n  # all regions are read: softmax attention
+        if every:
+            held |= {"key-set", "pointwise", "mirror", "every-pair"}
+        if self.options.scale == "site":  # the other one depends on the number of heads
+            held |= {"routed-softmax"}
+            held |= {"heads"} if every or self.options.graph == "per-head" else set()
+        return frozenset(held)
 
     def check(self, layout: TokenLayout, head_dim: int) -> None:
         o = self.options
@@ -129,6 +142,8 @@ class Bra(Mechanism):
     def branch(
         self, q: Tensor, k: Tensor, v: Tensor, *, layout: TokenLayout, scale: float, **extra: Any
     ) -> Branch:
+        if self.options.scale == "width":
+            scale = scale / math.sqrt(q.shape[1])
         windows = self._windows(layout, q.device)
         chosen = self._graph(q, k, windows)
         queries, keys = windows.flag(windows.split(q), windows.split(k))

@@ -19,9 +19,13 @@ from mitaswap.operators.experts import Branch
 from mitaswap.operators.orthogonal import orthogonal
 from mitaswap.operators.precision import outside_autocast, working
 from mitaswap.operators.ranges import at_least, in_range
+from mitaswap.operators.rotary import axial_angles, turned
 from mitaswap.operators.select import top_indices
 from mitaswap.spec import Value
 from mitaswap.tokens import TokenLayout
+
+#: the fastest turn of rotary positions over the slowest, on grids (10000 in texts)
+ROPE_BASE = 100.0
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class DsaOptions(Options):
             it approximates from the start; or `x`, the module's input, as in the paper, with a
             random start.
         norm: layer norm of the index keys, as in the released code.
+        rope: rotary positions of the index queries and keys, as in the released code.
         seed: of the indexer's start.
     """
 
@@ -44,6 +49,7 @@ class DsaOptions(Options):
     index_dim: int = 64
     index_from: Literal["qk", "x"] = "qk"
     norm: bool = False
+    rope: bool = False
     seed: int = 0
 
 
@@ -54,9 +60,15 @@ class Dsa(Mechanism):
 
     I_ts = sum_j w_tj ReLU(q^I_tj . k^I_s), with q^I, w linear in z_t and k^I in z_s.
 
-    z is x, or the concatenated heads of q (for q^I and w) and k (for k^I). The released code's
-    rotary embedding and its rotation before quantisation are left out: tokens of an image have no
-    order, and the rotation changes no product. Special tokens are ordinary queries and keys.
+    z is x, or the concatenated heads of q (for q^I and w) and k (for k^I). Special tokens are
+    ordinary queries and keys.
+
+    The formula has no positions. With `rope`, as in the released code, the first 4 floor(d_I / 8)
+    channels of index queries and keys (there 64 of 128) are turned by the token's place: there its
+    order in a text; here its row in the grid turns one half of them and its column the other, with
+    the angles of rotary vision transformers (Heo et al. 2024, arXiv 2403.13298). Special tokens
+    stay. The Hadamard rotation that the released code applies before it quantises is orthogonal and
+    the same on both sides, so it changes no score.
 
     The paper trains the indexer by a loss of its own, on inputs that are cut from the graph. Here
     they are cut too, and I gets the gradient that it would have as a term of the logits.
@@ -88,19 +100,23 @@ class Dsa(Mechanism):
         {"k": 13},
         {"k": 9, "index_heads": 2, "index_dim": 5, "norm": True},
         {"k": 11, "index_heads": 4, "index_from": "x"},
+        {"k": 12, "index_dim": 16, "rope": True},
     )
     axes = (("K", "k"),)
 
     @property
     def traits(self) -> frozenset[str]:  # type: ignore[override]
-        held = {"linear", "averages", "convex", "scaled", "pointwise", "special-set", "mirror"}
+        held = {"linear", "averages", "convex", "scaled", "special-set", "every-pair"}
+        if not self.options.rope:
+            held |= {"pointwise", "mirror"}
         if self.options.index_from == "qk":
-            held |= {"key-set", "routed-softmax"}
-        return frozenset(held | {"every-pair"})
+            held |= {"routed-softmax"} if self.options.rope else {"key-set", "routed-softmax"}
+        return frozenset(held)
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
-        return frozenset({"x"} if self.options.index_from == "x" else ())
+        o = self.options
+        return frozenset({"x"} if o.index_from == "x" else ()) | ({"grid"} if o.rope else set())
 
     @property
     def routes(self) -> bool:
@@ -110,6 +126,8 @@ class Dsa(Mechanism):
         o, tokens = self.options, layout.tokens
         in_range(self, "k", o.k, 1, tokens, f"tokens (tokens {layout})")
         at_least(self, "index_heads", o.index_heads, 0)
+        if o.rope:
+            at_least(self, "index_dim", o.index_dim, 8, "as rope turns pairs of half of it")
         at_least(self, "index_dim", o.index_dim, 1)
 
     @classmethod
@@ -153,7 +171,9 @@ class Dsa(Mechanism):
         index = product_flops(n, width, columns) + heads * product_flops(n, o.index_dim, n)
         return core + Cost(index, 2 * n * o.index_dim)
 
-    def _index(self, q: Tensor, k: Tensor, x: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _index(
+        self, q: Tensor, k: Tensor, x: Tensor | None, layout: TokenLayout
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Index queries [B, H_I, N, d_I], their weights [B, H_I, N, 1], index keys [B, d_I, N]."""
         dtype, o = q.dtype, self.options
         if o.index_from == "x":
@@ -167,7 +187,11 @@ class Dsa(Mechanism):
             keys = F.layer_norm(keys, (o.index_dim,), gain, bias, 1e-6)
         queries = F.linear(asks, self.index_queries.to(dtype)).unflatten(2, (-1, o.index_dim))
         weights = F.linear(asks, self.head_weights.to(dtype), self.head_bias.to(dtype))
-        return queries.transpose(1, 2), weights.transpose(1, 2)[..., None], keys.transpose(1, 2)
+        queries = queries.transpose(1, 2)
+        if o.rope:
+            angles = axial_angles(layout, o.index_dim // 8, q, ROPE_BASE)
+            queries, keys = turned(queries, angles), turned(keys, angles)
+        return queries, weights.transpose(1, 2)[..., None], keys.transpose(1, 2)
 
     @staticmethod
     def _scores(queries: Tensor, weights: Tensor, keys: Tensor, rows: slice) -> Tensor:
@@ -179,7 +203,7 @@ class Dsa(Mechanism):
     def branch(
         self, q: Tensor, k: Tensor, v: Tensor, *, layout: TokenLayout, scale: float, **extra: Any
     ) -> Branch:
-        index = self._index(q, k, extra.get("x"))
+        index = self._index(q, k, extra.get("x"), layout)
 
         def choose(rows: slice, logits: Tensor) -> Tensor:
             return keep_top(logits, self._scores(*index, rows), self.options.k)
@@ -193,7 +217,7 @@ class Dsa(Mechanism):
         if self.site is None:
             return self._twin(q, layout).route(q, k, layout=layout, scale=scale)
         q, k = working(q, k)
-        index = self._index(q, k, None)
+        index = self._index(q, k, None, layout)
         scores = (self._scores(*index, rows) for rows in chunks(q.shape[2]))
         members = torch.cat([top_indices(x, self.options.k) for x in scores], dim=2)
         members = members.expand(-1, q.shape[1], -1, -1)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mitaswap.mechanisms._base import MECHANISMS, Mechanism, Options
 from mitaswap.mechanisms._card import Card, Cost, SiteShape
 from mitaswap.operators.counting import product_flops
+from mitaswap.operators.positions import with_positions
 from mitaswap.operators.precision import outside_autocast, working
 from mitaswap.operators.ranges import at_least
 from mitaswap.tokens import TokenLayout
@@ -28,16 +29,25 @@ class FocusedOptions(Options):
         factor: focusing factor p, the power that features are raised to; 1 is linear attention with
             ReLU features.
         eps: added to the normaliser.
+        eps_of: what eps is added to: the `sum` of a query's weights, or, as in the released code
+            (its first version had the sum), their `mean` over the N keys, so that it counts N
+            times.
+        floor: added to the features behind ReLU, before all else; 1e-6 in the released code.
         norm: what keeps its length in the focused function: `head`, the features of one head (the
             paper's formula); `width`, those of all heads together (the authors' released code).
         channel_scale: divide the features of queries and keys by a learned softplus per channel
             before focusing, as the released code does.
+        positions: add a learned positional encoding to the keys, before the feature map. The
+            released code does; the paper's formula has none.
     """
 
     factor: float = 3.0
     eps: float = 1e-6
+    eps_of: Literal["sum", "mean"] = "sum"
+    floor: float = 0.0
     norm: Literal["head", "width"] = "head"
     channel_scale: bool = False
+    positions: bool = False
 
 
 @MECHANISMS.register("focused")
@@ -46,13 +56,19 @@ class Focused(Mechanism):
     feature map phi(x) = f_p(ReLU(x)), f_p(x) = |x| / |x^p| x^p, N d^2 operations.
 
     f_p keeps a vector's length and sharpens its direction: vectors with the same largest channel
-    move together, others apart. Special tokens are tokens like any other. The paper's module is
-    `focused+dwc(kernel=5)`: a depth-wise convolution of V raises the rank. The released code also
-    adds a learned positional encoding to the keys, which is left out here.
+    move together, others apart. Special tokens are tokens like any other. With `floor` ReLU(x) is
+    ReLU(x) + floor: no feature vanishes. With `positions` phi reads k + e, where e is the entry of
+    the key's patch; special tokens, which the authors' networks do not have, get none.
 
-    Parameters:
+    The paper's module is `focused+dwc(kernel=5)`: a depth-wise convolution of V raises the rank.
+    The released code's, whose kernels serve all heads, is `focused(norm=width,channel_scale=true,
+    positions=true,floor=1e-6,eps_of=mean)+dwc(kernel=5,share=true)`.
+
+    Parameters, for a grid of h x w:
         channel_scale [H, D]: softplus of it divides the features; 0, the same for all channels, so
             that the normaliser undoes it. Only with `channel_scale`.
+        position_table [H, D, h, w]: e of every patch; 0. At another grid it is resized bilinearly.
+            Only with `positions`.
     """
 
     options_type = FocusedOptions
@@ -67,22 +83,41 @@ class Focused(Mechanism):
         cost="N d^2",
         untrained="needs finetuning",
     )
-    samples = ({}, {"factor": 8.0}, {"norm": "width", "eps": 1e-9}, {"channel_scale": True})
+    limits = (("focused(positions=true)", "focused"),)
+    samples = (
+        {},
+        {"factor": 8.0},
+        {"norm": "width", "eps": 1e-9},
+        {"channel_scale": True},
+        {"positions": True, "factor": 2.0},
+        {"eps_of": "mean", "eps": 1e-9},
+        {"floor": 0.1, "norm": "width"},
+    )
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset({"grid"} if self.options.positions else ())
 
     @property
     def traits(self) -> frozenset[str]:  # type: ignore[override]
         held = {"linear", "averages", "convex", "key-set", "pointwise", "special-set", "mirror"}
         if self.options.norm == "head":  # the other spans all heads
             held |= {"heads"}
+        if self.options.floor > 0:  # no normaliser undoes its part in the features
+            held |= {"scaled"}
         return frozenset(held)
 
     def check(self, layout: TokenLayout, head_dim: int) -> None:
         at_least(self, "factor", self.options.factor, 1, "which leaves out the focusing")
         at_least(self, "eps", self.options.eps, 0)
+        at_least(self, "floor", self.options.floor, 0)
 
     def build(self, site: SiteShape) -> None:
         if self.options.channel_scale:
             self.channel_scale = nn.Parameter(torch.zeros(site.heads, site.head_dim))
+        if self.options.positions:
+            shape = (site.heads, site.head_dim, *site.layout.grid)
+            self.position_table = nn.Parameter(torch.zeros(shape))
 
     def cost(self, site: SiteShape) -> Cost:
         n, d, dv = site.layout.tokens, site.head_dim, site.value_dim
@@ -96,13 +131,16 @@ class Focused(Mechanism):
     ) -> Tensor:
         dtype = q.dtype
         q, k, v = working(q, k, v)
+        if self.options.positions:
+            k = with_positions(k, self.position_table, layout)
         q, k = self._features(q * (scale * math.sqrt(q.shape[-1]))), self._features(k)
-        total = q @ k.sum(dim=-2).unsqueeze(-1) + self.options.eps
-        return (q @ (k.transpose(-1, -2) @ v) / total).to(dtype)
+        total = q @ k.sum(dim=-2).unsqueeze(-1)
+        eps = self.options.eps * (k.shape[-2] if self.options.eps_of == "mean" else 1)
+        return (q @ (k.transpose(-1, -2) @ v) / (total + eps)).to(dtype)
 
     def _features(self, x: Tensor) -> Tensor:
         """f_p(ReLU(x)) of x [B, H, N, D]."""
-        x = F.relu(x)
+        x = F.relu(x) + self.options.floor
         if self.options.channel_scale:
             x = x / F.softplus(self.channel_scale.to(x.dtype)).unsqueeze(-2)
         together = (-1,) if self.options.norm == "head" else (1, 3)

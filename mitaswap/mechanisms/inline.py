@@ -17,6 +17,7 @@ from mitaswap.mechanisms._base import MECHANISMS, Mechanism, Options
 from mitaswap.mechanisms._card import Card, Cost, SiteShape
 from mitaswap.operators.counting import depthwise_flops, product_flops
 from mitaswap.operators.precision import outside_autocast, working
+from mitaswap.operators.ranges import at_least
 from mitaswap.tokens import TokenLayout
 
 
@@ -25,11 +26,14 @@ class InlineOptions(Options):
     """Options of InLine attention.
 
     Args:
-        kernel: feature map phi of queries and keys: `identity`, `relu` or `leakyrelu` (slope 0.01).
+        kernel: feature map phi of queries and keys: `identity`, `relu` or `leakyrelu` (slope 0.01),
+            or `exp`, exp(t x), one of the released code's.
+        t: factor in the exponent of `exp`; 0.2 in the released code.
         local: add the local residual, a 3 x 3 convolution of V whose weights are predicted from x.
     """
 
-    kernel: Literal["identity", "relu", "leakyrelu"] = "identity"
+    kernel: Literal["identity", "relu", "leakyrelu", "exp"] = "identity"
+    t: float = 0.2
     local: bool = True
 
 
@@ -42,7 +46,8 @@ class Inline(Mechanism):
     Subtraction in place of division lets different queries have different weights, which still
     sum to one; they may be negative. phi(q) carries the factor scale / N of the released code,
     which the paper leaves out of its equation for brevity; with the identity kernel the weights are
-    then softmax attention's to first order in its scores.
+    then softmax attention's to first order in its scores. Nothing normalises exp(t x), so its
+    exponent is cut off at 30: products stay finite.
 
     With `local`, a patch also receives the values of its 3 x 3 neighbourhood (zero beyond the
     grid), weighted per channel by r = MLP(mean of x over all tokens). The MLP has one hidden layer
@@ -67,7 +72,13 @@ class Inline(Mechanism):
         cost="N d^2",
         untrained="needs finetuning",
     )
-    samples = ({}, {"local": False}, {"kernel": "relu"}, {"kernel": "leakyrelu", "local": False})
+    samples = (
+        {},
+        {"local": False},
+        {"kernel": "relu"},
+        {"kernel": "leakyrelu", "local": False},
+        {"kernel": "exp", "t": 1.0},
+    )
     # of the residual only its zero start is seen
     traits = frozenset(
         {"linear", "averages", "scaled", "heads", "key-set", "pointwise", "special-set", "mirror"}
@@ -76,6 +87,9 @@ class Inline(Mechanism):
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
         return frozenset({"grid", "x"} if self.options.local else ())
+
+    def check(self, layout: TokenLayout, head_dim: int) -> None:
+        at_least(self, "t", self.options.t, 0)
 
     def build(self, site: SiteShape) -> None:
         if not self.options.local:
@@ -120,6 +134,8 @@ class Inline(Mechanism):
     def _features(self, x: Tensor) -> Tensor:
         if self.options.kernel == "relu":
             return F.relu(x)
+        if self.options.kernel == "exp":
+            return (self.options.t * x).clamp(max=30.0).exp()
         return F.leaky_relu(x) if self.options.kernel == "leakyrelu" else x
 
     def _residual(self, v: Tensor, layout: TokenLayout, x: Tensor) -> Tensor:

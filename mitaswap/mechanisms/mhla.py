@@ -35,13 +35,17 @@ class MhlaOptions(Options):
         start: coefficients before training. `paper`: falling linearly with the distance of two
             blocks, zero for the farthest; `released`: the default of the authors' code, falling
             like a cosine to 0.7 of the nearest; `uniform`: all the same, as in linear attention.
-        eps: added to the normaliser of the sum of all summaries, so eps / m to that of their mean.
+        normaliser: `paper`: that of Eq. 4, each query's own; `released`: the authors' code mixes
+            those of all blocks.
+        eps: added to the normaliser of the sum of all summaries, so eps / m to that of their mean;
+            with the released normaliser eps itself, and to every feature phi(q), phi(k) as well.
     """
 
     m: int = 16
     pool: str = "auto"
     feature: Literal["relu", "elu"] = "relu"
     start: Literal["paper", "released", "uniform"] = "paper"
+    normaliser: Literal["paper", "released"] = "paper"
     eps: float = 1e-6
 
 
@@ -56,8 +60,12 @@ class Mhla(Mechanism):
     no block. Their summary joins every mixture with weight 1 / m, the mean coefficient, and they
     read all summaries with weight 1 / m, as linear attention does.
 
-    The released code mixes the normaliser over blocks of queries, phi(q_b) z_b, which is not the
-    paper's Eq. 4; the paper's is taken here. Its module is mhla+dwc(kernel=5).
+    With normaliser=released the query at place w of block i is divided by sum_j c_ij phi(q_jw) z_j:
+    as in the authors' code, each block's summary meets the query of its own block at that place.
+    Weights then do not sum to one. A block that is too small to have the place lends its nearest
+    patch (the authors' grids divide). Special tokens have no place: their z meets the query
+    itself, and they are divided as in Eq. 4. The authors' module is
+    mhla(start=released,normaliser=released)+dwc(kernel=5).
 
     Parameters:
         mixing: [m, m], row i the coefficients of query block i; starts as `start` says. On a grid
@@ -76,12 +84,16 @@ class Mhla(Mechanism):
         cost="N d^2 + m^2 d^2",
         untrained="needs finetuning",
     )
-    limits = (("mhla(m=8,start=uniform,feature=relu)", "linear(feature=relu)"),)
+    limits = (
+        ("mhla(m=8,start=uniform,feature=relu)", "linear(feature=relu)"),
+        ("mhla(m=1,feature=elu,normaliser=released,eps=0.0)", "linear(eps=0.0)"),
+    )
     samples = (
         {},
         {"m": 4, "feature": "elu"},
         {"m": 6, "pool": "2x3", "start": "released"},
         {"m": 8, "start": "uniform"},
+        {"m": 9, "start": "released", "normaliser": "released"},
     )
     needs = frozenset({"grid"})
     axes = (("N", "m"),)
@@ -89,11 +101,13 @@ class Mhla(Mechanism):
 
     @property
     def traits(self) -> frozenset[str]:  # type: ignore[override]
-        held = {"linear", "averages", "convex", "heads", "special-set"}
+        held = {"linear", "heads", "special-set"}
         if self.options.feature == "elu":  # relu's normaliser undoes any scale
             held |= {"scaled"}
-        if self._uniform:
-            held |= {"key-set", "pointwise", "mirror"}
+        if self.options.m == 1 or self.options.normaliser == "paper":
+            held |= {"averages", "convex"}
+            if self._uniform:
+                held |= {"key-set", "pointwise", "mirror"}
         return frozenset(held)
 
     @property
@@ -126,9 +140,13 @@ class Mhla(Mechanism):
     def cost(self, site: SiteShape) -> Cost:
         n, d, columns = site.layout.tokens, site.head_dim, site.value_dim + 1
         m, shape = self.options.m, self._shape(site.layout)
-        slots = m * ragged_size(site.layout.grid, shape)[0] - site.layout.patches
+        size, patches = ragged_size(site.layout.grid, shape)[0], site.layout.patches
+        slots = m * size - patches
         flops = 2 * product_flops(n, d, columns) + product_flops(m, m, d * columns)
         between, padding = m * d * columns, 2 * product_flops(slots, d, columns)
+        if self.options.normaliser == "released":  # besides Eq. 4's, which special tokens keep
+            flops += product_flops(patches, d, 2) + product_flops(m, m, patches) // m
+            padding += product_flops(slots, d, 2) + product_flops(m, m, slots) // m
         return self._cost(site, flops, between, padding)
 
     @outside_autocast
@@ -148,14 +166,22 @@ class Mhla(Mechanism):
         apart = keys.transpose(-1, -2) @ values / self.options.m
 
         mixed = (coefficients @ summaries.flatten(3)).view_as(summaries) + apart[:, :, None]
-        patches = blocks.join(blocks.split(q) @ mixed)
-        rows = queries @ (summaries.mean(dim=2) + apart)
-        out = join(patches, rows, layout)
+        asked = blocks.split(q)
+        patches = asked @ mixed
         eps = self.options.eps / self.options.m
+        if self.options.normaliser == "released":
+            own = asked @ summaries[..., -1:]  # phi(q_b) z_b: [B, H, m, L, 1]
+            below = coefficients @ own.squeeze(-1)
+            special = asked @ apart[:, :, None, :, -1:]
+            patches = torch.cat([patches[..., :-1], below[..., None] + special], dim=-1)
+            eps = self.options.eps
+        rows = queries @ (summaries.mean(dim=2) + apart)
+        out = join(blocks.join(patches), rows, layout)
         return (out[..., :-1] / (out[..., -1:] + eps)).to(dtype)
 
     def _features(self, x: Tensor) -> Tensor:
-        return F.relu(x) if self.options.feature == "relu" else F.elu(x) + 1
+        x = F.relu(x) if self.options.feature == "relu" else F.elu(x) + 1
+        return x + self.options.eps if self.options.normaliser == "released" else x
 
     def _coefficients(self, layout: TokenLayout, like: Tensor) -> Tensor:
         assert self.site is not None

@@ -16,9 +16,11 @@ from mitaswap.errors import MitaswapError
 from mitaswap.mechanisms._base import MECHANISMS, Mechanism, Options
 from mitaswap.mechanisms._card import Card, Cost, Routing, SiteShape
 from mitaswap.operators.blocks import expert_blocks
+from mitaswap.operators.branch_maps import BranchMaps
 from mitaswap.operators.compress import BlockMap
 from mitaswap.operators.counting import attend_flops, product_flops
 from mitaswap.operators.experts import Branch, attend, attend_experts, merge
+from mitaswap.operators.importance import attend_and_pick
 from mitaswap.operators.neighbourhood import attend_near, near_flops
 from mitaswap.operators.precision import outside_autocast, working
 from mitaswap.operators.ranges import at_least, in_range
@@ -28,9 +30,6 @@ from mitaswap.operators.special import join, split
 from mitaswap.operators.windows import Windows, cut, ragged_size, runs
 from mitaswap.spec import Value
 from mitaswap.tokens import TokenLayout
-
-#: queries whose scores with all compressed keys exist at once: their number grows with N
-ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -47,8 +46,14 @@ class NsaOptions(Options):
         compress: how a block becomes one key and one value: `mlp` adds a learned MLP with
             intra-block positions (the paper) to the average, `mean` is the average.
         own: whether a query's own block is always one of its k (the paper's local blocks).
+        first: number of blocks from the first, row by row, that are always among the k of every
+            query. The paper's 1 is a text's beginning, where attention gathers; here the class
+            token has that part, which all branches read, hence 0.
         choice: `per-head`; `shared` sums the importance of blocks over all heads, as the paper does
             in a group of heads that share their keys.
+        projections: `site`: all branches read the site's keys and values, which are all that a
+            trained network has; `branch`: each its own (the paper), learned maps of the site's
+            that start as identity.
     """
 
     block: int = 2
@@ -57,7 +62,9 @@ class NsaOptions(Options):
     blocks: Literal["windows", "raster"] = "windows"
     compress: Literal["mlp", "mean"] = "mlp"
     own: bool = True
+    first: int = 0
     choice: Literal["per-head", "shared"] = "per-head"
+    projections: Literal["site", "branch"] = "site"
 
 
 @MECHANISMS.register("nsa")
@@ -71,14 +78,15 @@ class Nsa(Mechanism):
 
     Special tokens as keys are in all three branches, uncompressed; as queries they attend to all N
     keys by plain softmax, without gates. Blocks for compression and selection are the same and do
-    not overlap (l = d = l' in the paper). The paper is causal, always selects the first block as
-    well, and gives each branch its own projections of keys and values; here all three read the
-    site's.
+    not overlap (l = d = l' in the paper), and nothing is causal. Queries, and what special queries
+    read, are the site's also with `projections=branch`.
 
     Parameters:
         gate_weight, gate_bias: [3 H, C] and [3 H], zero; g = sigmoid(x W^T + b - ln 2), row 3 h + c
             for head h and branch c (compressed, selected, window).
         key_map, value_map: phi of keys and of values, shared by all heads (`BlockMap`).
+        key_projections, value_projections: of the three branches (`BranchMaps`), of H D and H Dv
+            channels. Only with `projections=branch`.
     """
 
     options_type = NsaOptions
@@ -97,12 +105,15 @@ class Nsa(Mechanism):
         {"k": 3},
         {"block": 3, "k": 2, "window": 3, "blocks": "raster", "own": False},
         {"block": 3, "k": 2, "compress": "mean", "choice": "shared", "window": 7},
+        {"k": 4, "first": 2, "projections": "branch"},
     )
     needs = frozenset({"grid", "x"})
     gate_weight: nn.Parameter
     gate_bias: nn.Parameter
     key_map: BlockMap
     value_map: BlockMap
+    key_projections: BranchMaps
+    value_projections: BranchMaps
 
     @property
     def routes(self) -> bool:
@@ -118,6 +129,8 @@ class Nsa(Mechanism):
         at_least(self, "block", o.block, 1)
         count = math.prod(self._cut(layout)[1])
         in_range(self, "k", o.k, 1, count, f"blocks (tokens {layout})")
+        left = "blocks of k beside the query's own" if o.own else "blocks that are selected (k)"
+        in_range(self, "first", o.first, 0, o.k - o.own, left)
         if o.window < 1 or o.window % 2 == 0:
             raise MitaswapError(
                 f"{self.spec}: window={o.window} must be odd, with the query in its middle; use "
@@ -137,6 +150,9 @@ class Nsa(Mechanism):
             raster = (1, side**2) if self.options.blocks == "raster" else (side, side)
             self.key_map = BlockMap(raster, site.head_dim)
             self.value_map = BlockMap(raster, site.value_dim)
+        if self.options.projections == "branch":
+            self.key_projections = BranchMaps(3, site.heads * site.head_dim)
+            self.value_projections = BranchMaps(3, site.heads * site.value_dim)
 
     def cost(self, site: SiteShape) -> Cost:
         o, layout, d, dv = self.options, site.layout, site.head_dim, site.value_dim
@@ -146,6 +162,10 @@ class Nsa(Mechanism):
         if o.compress == "mlp":
             flops += sum(product_flops(count, (size + 1) * n, n) for n in (d, dv))
         flops += attend_flops(patches, count, d, dv) + special_flops(layout, d, dv)
+        if o.projections == "branch":
+            tokens = layout.tokens
+            flops += 3 * site.heads * sum(product_flops(tokens, n, n) for n in (d, dv))
+            flops += 2 * attend_flops(patches, tokens - patches, d, dv)  # not once for all branches
         # a block holds patches / count keys on average: which blocks are chosen decides the rest
         read = attend_flops(patches, patches * o.k, d, dv) // count
         blocks, block = expert_blocks(patches, count)
@@ -170,6 +190,11 @@ class Nsa(Mechanism):
         raster = self.options.blocks == "raster"
         return runs(layout, b, device) if raster else cut(layout, (a, b), device)
 
+    def _branches(self, x: Tensor, part: Literal["key", "value"]) -> list[Tensor]:
+        """Keys or values x [B, H, N, D] of the compressed, the selected and the window branch."""
+        maps: BranchMaps | None = getattr(self, f"{part}_projections", None)
+        return [x, x, x] if maps is None else maps(x)
+
     def _compress(self, x: Tensor, part: str, layout: TokenLayout, windows: Windows) -> Tensor:
         """One token for each block of x [B, H, N, D]: [B, H, M, D]."""
         if self.options.compress == "mean":
@@ -185,21 +210,18 @@ class Nsa(Mechanism):
         best first: [B, H, P, k].
         """
         o = self.options
-        found: list[tuple[Tensor, Tensor, Tensor]] = []
-        for rows, own in zip(q.split(ROWS, dim=2), windows.owner.split(ROWS), strict=True):
-            scores = (rows * scale) @ keys.transpose(-1, -2)
-            lse = scores.logsumexp(dim=-1, keepdim=True)
-            weights = scores.softmax(dim=-1)
-            importance = weights.detach()
+
+        def pick(rows: slice, importance: Tensor) -> Tensor:
             if o.choice == "shared":
                 importance = importance.sum(dim=1, keepdim=True)
+            fixed = torch.arange(o.first, device=q.device).expand(*importance.shape[:3], -1)
             if o.own:
-                index = own[:, None].expand(*importance.shape[:3], 1)
-                importance = importance.scatter(-1, index, float("inf"))
-            chosen = best_indices(importance, o.k).expand(-1, q.shape[1], -1, -1)
-            found.append((weights @ values, lse, chosen))
-        out, lse, chosen = (torch.cat(x, dim=2) for x in zip(*found, strict=True))
-        return (out, lse), chosen
+                own = windows.owner[rows, None].expand(*importance.shape[:3], 1)
+                fixed = torch.cat([fixed, own], dim=-1)
+            importance = importance.scatter(-1, fixed, float("inf"))
+            return best_indices(importance, o.k).expand(-1, q.shape[1], -1, -1)
+
+        return attend_and_pick(q, keys, values, scale, pick)
 
     @outside_autocast
     def reference(
@@ -209,21 +231,25 @@ class Nsa(Mechanism):
         q, k, v = (x.contiguous() for x in working(q, k, v))
         windows = self._windows(layout, q.device)
         queries, special = split(q, layout)
-        (near_keys, seen_keys), (near_values, seen_values) = split(k, layout), split(v, layout)
+        keys, values = self._branches(k, "key"), self._branches(v, "value")
 
-        small = self._compress(k, "key_map", layout, windows)
-        small_values = self._compress(v, "value_map", layout, windows)
+        small = self._compress(keys[0], "key_map", layout, windows)
+        small_values = self._compress(values[0], "value_map", layout, windows)
         whole, chosen = self._probe(queries, small, small_values, windows, scale)
-        rows, keys = windows.flag(queries, windows.split(k))
-        values = windows.split(v)
-        picked = [attend_experts(rows, keys, values, index, scale) for index in chosen.unbind(-1)]
+        rows, blocks = windows.flag(queries, windows.split(keys[1]))
+        held = windows.split(values[1])
+        picked = [attend_experts(rows, blocks, held, index, scale) for index in chosen.unbind(-1)]
+        near_keys, near_values = split(keys[2], layout)[0], split(values[2], layout)[0]
         grid, radius = self._cut(layout)[0], self._radius
         near = attend_near(queries, near_keys, near_values, grid, radius, scale)
 
-        seen = [attend(queries, seen_keys, seen_values, scale)] if special.shape[2] else []
         gates = self._gates(extra["x"], q.dtype, layout)  # [B, H, P, 3]
         out = torch.zeros_like(near[0])
+        seen: list[Branch] = []
         for number, branches in enumerate(([whole], picked, [near])):
+            if special.shape[2] and (number == 0 or self.options.projections == "branch"):
+                own, held = (split(x[number], layout)[1] for x in (keys, values))
+                seen = [attend(queries, own, held, scale)]
             out = out + gates[..., number, None] * merge([*branches, *seen])[0]
         return join(out, attend(special, k, v, scale)[0], layout).to(dtype)
 
@@ -239,7 +265,7 @@ class Nsa(Mechanism):
             return self._twin(q, layout).route(q, k, layout=layout, scale=scale)
         q, k = (x.contiguous() for x in working(q, k))
         windows = self._windows(layout, q.device)
-        small = self._compress(k, "key_map", layout, windows)
+        small = self._compress(self._branches(k, "key")[0], "key_map", layout, windows)
         _, chosen = self._probe(split(q, layout)[0], small, small, windows, scale)
         members = windows.index.masked_fill(~windows.inside, -1).expand(*q.shape[:2], -1, -1)
         return Routing(*special_routing(members, chosen, layout))

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from mitaswap.errors import MitaswapError
 from mitaswap.mechanisms._base import MECHANISMS, Mechanism, Options
 from mitaswap.mechanisms._card import Card, Cost, SiteShape
 from mitaswap.operators.counting import attend_flops, product_flops
@@ -35,6 +37,9 @@ class NystromOptions(Options):
         scaling: start of the iteration, A^T / (|A|_1 |A|_inf). The norms are each matrix's own in
             the `paper`; in the `released` code the largest of the whole batch, so that an image's
             output depends on the images beside it.
+        conv: size of the kernel, odd, of the paper's skip connection, a convolution of V along the
+            sequence; 0 leaves it out, as Alg. 1 does. The released code takes 33 for its language
+            model and 35 for Long Range Arena, and none in its vision transformer by default.
     """
 
     m: int = 49
@@ -42,6 +47,7 @@ class NystromOptions(Options):
     inverse: Literal["iterative", "exact"] = "iterative"
     iterations: int = 6
     scaling: Literal["paper", "released"] = "paper"
+    conv: int = 0
 
 
 @MECHANISMS.register("nystrom")
@@ -52,8 +58,16 @@ class Nystrom(Mechanism):
     Special tokens are queries and keys as all others; whether landmarks contain them is an option.
     Where m does not divide the sequence, neighbouring segments share a token.
 
-    pinv(A) is Z after some iterations of Z <- Z (13 I - A Z (15 I - A Z (7 I - A Z))) / 4. The
-    paper's module adds a depth-wise convolution of V: `nystrom+dwc`.
+    pinv(A) is Z after some iterations of Z <- Z (13 I - A Z (15 I - A Z (7 I - A Z))) / 4.
+
+    With `conv` the output is O + C: C_i = sum_t w_t V_(i + t) over the `conv` tokens around token
+    i, with V zero beyond both ends of the sequence. This is the paper's module; as in the released
+    code there is one kernel w per head, for all its channels, and no bias. The sequence is as the
+    network has it: patches row by row, special tokens neighbours of those beside them. (`+dwc`
+    convolves over the grid instead, with a kernel per channel.)
+
+    Parameters, of no grid:
+        conv_weight [H, conv]: w of each head; 0. Only with `conv`.
     """
 
     options_type = NystromOptions
@@ -71,11 +85,14 @@ class Nystrom(Mechanism):
     limits = (
         ("nystrom(m={tokens},inverse=exact)", "standard"),
         ("nystrom(m={tokens},iterations=30)", "standard"),
+        ("nystrom(conv=35)", "nystrom"),
     )
     samples = (
         {"m": 9},
         {"m": 6, "landmarks": "windows", "iterations": 4},
         {"m": 12, "inverse": "exact"},
+        {"m": 9, "conv": 5},
+        {"m": 6, "landmarks": "windows", "conv": 35},
     )
     axes = (("N", "m"),)
 
@@ -85,6 +102,7 @@ class Nystrom(Mechanism):
 
     @property
     def traits(self) -> frozenset[str]:  # type: ignore[override]
+        # a kernel of zeros breaks none of them
         held = {"linear", "scaled"}
         if self.options.inverse == "exact":
             held |= {"averages"}
@@ -107,6 +125,16 @@ class Nystrom(Mechanism):
         at_least(self, "iterations", o.iterations, 1)
         if windows:
             pool_shape(o.m, layout.grid, asker=self)
+        at_least(self, "conv", o.conv, 0, "which leaves out the convolution")
+        if o.conv and o.conv % 2 == 0:
+            raise MitaswapError(
+                f"{self.spec}: conv={o.conv} must be odd, or the convolution is not centred; use "
+                f"conv={o.conv + 1}, or conv=0 to leave it out"
+            )
+
+    def build(self, site: SiteShape) -> None:
+        if self.options.conv:
+            self.conv_weight = nn.Parameter(torch.zeros(site.heads, self.options.conv))
 
     def cost(self, site: SiteShape) -> Cost:
         o, n, d, dv = self.options, site.layout.tokens, site.head_dim, site.value_dim
@@ -115,6 +143,7 @@ class Nystrom(Mechanism):
         flops += product_flops(m, d, m) + product_flops(m, m, dv)
         if o.inverse == "iterative":
             flops += 4 * o.iterations * product_flops(m, m, m)
+        flops += product_flops(n, o.conv, dv)
         return self._cost(site, flops, between=m * (2 * d + dv))
 
     @outside_autocast
@@ -127,7 +156,18 @@ class Nystrom(Mechanism):
         columns = ((q * scale) @ keys.transpose(-1, -2)).softmax(dim=-1)
         core = ((queries * scale) @ keys.transpose(-1, -2)).softmax(dim=-1)
         values, _ = attend(queries, k, v, scale)
-        return (columns @ (self._inverse(core) @ values)).to(dtype)
+        out = columns @ (self._inverse(core) @ values)
+        if self.options.conv:
+            out = out + self._skip(v)
+        return out.to(dtype)
+
+    def _skip(self, v: Tensor) -> Tensor:
+        """V [B, H, N, Dv] convolved along the sequence: each head is an image N x Dv and its kernel
+        one column wide.
+        """
+        heads, size = self.conv_weight.shape
+        kernels = self.conv_weight.to(v.dtype).view(heads, 1, size, 1)
+        return F.conv2d(v, kernels, padding=(size // 2, 0), groups=heads)
 
     def _landmarks(self, x: Tensor, layout: TokenLayout) -> Tensor:
         if self.options.landmarks == "windows":

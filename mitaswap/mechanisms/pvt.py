@@ -28,18 +28,22 @@ class PvtOptions(Options):
 
     Args:
         reduction: `conv` reduces windows of r x r patches by a learned strided convolution (PVT);
-            `pool` averages the grid to size x size entries, without parameters (as PVTv2's linear
-            attention, whose 1 x 1 convolution, norm and GELU are not part of it here).
+            `pool` averages the grid to size x size entries, without parameters (PVTv2's linear
+            attention); `pool-conv` maps the averages by a learned 1 x 1 convolution, then GELU (its
+            released code, which has the norm between them).
         r: side of the windows of `conv`; 2 as in PVT's stage of 14 x 14 patches.
-        size: side of the pooled map of `pool`.
+        size: side of the pooled map of `pool` and `pool-conv`.
         mix: `width` reduces the channels of all heads together, as the paper; `head` each head's
             among themselves, at 1 / H of the parameters and operations.
+        norm: layer norm of the reduced keys and values, over the channels that `mix` takes
+            together: the paper's Norm in SR.
     """
 
-    reduction: Literal["conv", "pool"] = "conv"
+    reduction: Literal["conv", "pool", "pool-conv"] = "conv"
     r: int = 2
     size: int = 7
     mix: Literal["width", "head"] = "width"
+    norm: bool = False
 
 
 @MECHANISMS.register("pvt")
@@ -47,18 +51,26 @@ class Pvt(Mechanism):
     """O = softmax(Q [K_S; SR(K_P)]^T scale) [V_S; SR'(V_P)], SR(X) = Reshape(X, r) W / cells.
 
     Reshape lays the r x r patches of a window (row by row) and their channels, the last index, in
-    one row of r r D numbers. The paper reduces the module's input, norms it, and projects it to
-    keys and values afterwards; a mechanism is handed the projections, so here the reduction follows
-    them: K and V have a W each, and there is no norm.
+    one row of r r D numbers. The paper reduces the module's input and projects it to keys and
+    values afterwards; a mechanism is handed the projections, so here the reduction follows them,
+    and K and V have a W each. The paper also norms what it reduced, SR(X) = Norm(Reshape(X, r) W).
+    With `norm` that is done; it is no default, since behind the projections it would change every
+    score and every value of a pretrained network.
+
+    With pooling SR(X) is the average of each adaptive window, or, as PVTv2's code has it,
+    GELU(Norm(average W)): pvt(reduction=pool-conv,norm=true).
 
     Where r does not divide a side, windows at the bottom and right edge are smaller: their missing
     patches count as zeros, and `cells`, r^2 elsewhere, is the number of those that are there.
-    Special tokens (subscript S) are entries of their own, and every query reads all entries.
+    Special tokens (subscript S) are entries of their own, never normed, and every query reads all
+    entries.
 
-    Parameters (conv; W / r^2 are the weights of a strided convolution):
+    Parameters (W / r^2 are the weights of a strided convolution):
         key_reduction: W, [1, r r H D, H D], or [H, r r D, D] for mix=head; an identity for each
-            patch of the window, so that SR starts as the average.
-        value_reduction: the same for values.
+            patch of the window, so that SR starts as the average. pool-conv has r = 1, pool none.
+        key_norm_weight, key_norm_bias: of Norm, [1, H D], or [H, D] for mix=head; 1 and 0. Only
+            with `norm`.
+        value_reduction, value_norm_weight, value_norm_bias: the same for values.
     """
 
     options_type = PvtOptions
@@ -69,7 +81,7 @@ class Pvt(Mechanism):
         expert_count="1 shared",
         construction="learnable projection",
         topology="all-to-one",
-        source="Wang et al. 2021, arXiv 2102.12122, Eq. 2-3",
+        source="Wang et al. 2021, arXiv 2102.12122, Eq. 2-3; PVTv2: arXiv 2106.13797",
         cost="N^2 d / r^2",
         untrained="usable",
     )
@@ -78,16 +90,22 @@ class Pvt(Mechanism):
         {"r": 3},
         {"r": 4, "mix": "head"},
         {"reduction": "pool", "size": 4},
+        {"r": 3, "norm": True},
+        {"reduction": "pool-conv", "size": 4, "mix": "head", "norm": True},
     )
     needs = frozenset({"grid"})
 
     @property
     def traits(self) -> frozenset[str]:  # type: ignore[override]
-        held = {"linear", "averages", "convex", "scaled", "heads", "special-set"}
-        if self.options.reduction == "pool":
+        o, held = self.options, {"scaled", "special-set"}
+        if not o.norm and o.reduction != "pool-conv":
+            held |= {"linear", "averages", "convex"}
+        if not o.norm or o.mix == "head":
+            held |= {"heads"}
+        if o.reduction != "conv":
             held |= {"mirror"}
-        elif self.options.r == 1:  # softmax attention, until it is trained
-            held |= {"mirror", "key-set", "pointwise", "every-pair"}
+        elif o.r == 1:  # softmax attention, until it is trained
+            held |= {"mirror", "every-pair"} | (set() if o.norm else {"key-set", "pointwise"})
         return frozenset(held)
 
     def check(self, layout: TokenLayout, head_dim: int) -> None:
@@ -99,20 +117,24 @@ class Pvt(Mechanism):
             at_least(self, "size", o.size, 1)
 
     def build(self, site: SiteShape) -> None:
-        if self.options.reduction == "pool":
-            return
-        self.key_reduction = self._start(site.heads, site.head_dim)
-        self.value_reduction = self._start(site.heads, site.value_dim)
-
-    def _start(self, heads: int, dim: int) -> nn.Parameter:
-        groups, channels = (heads, dim) if self.options.mix == "head" else (1, heads * dim)
-        return nn.Parameter(torch.eye(channels).repeat(groups, self.options.r**2, 1))
+        o, heads = self.options, site.heads
+        for part, dim in (("key", site.head_dim), ("value", site.value_dim)):
+            groups, channels = (heads, dim) if o.mix == "head" else (1, heads * dim)
+            start = {}
+            if o.reduction != "pool":
+                cells = o.r**2 if o.reduction == "conv" else 1
+                start["reduction"] = torch.eye(channels).repeat(groups, cells, 1)
+            if o.norm:
+                start["norm_weight"] = torch.ones(groups, channels)
+                start["norm_bias"] = torch.zeros(groups, channels)
+            for name, value in start.items():
+                self.register_parameter(f"{part}_{name}", nn.Parameter(value))
 
     def _windows(self, layout: TokenLayout) -> tuple[int, int]:
         """Rows and columns of windows, so of reduced entries."""
         height, width = layout.grid
         o = self.options
-        if o.reduction == "pool":
+        if o.reduction != "conv":
             return min(o.size, height), min(o.size, width)
         return -(-height // o.r), -(-width // o.r)
 
@@ -122,11 +144,14 @@ class Pvt(Mechanism):
         reduced = rows * columns
         entries = reduced + layout.tokens - layout.patches
         flops, padding = attend_flops(layout.tokens, entries, d, dv), 0
-        if o.reduction == "conv":
+        if o.reduction != "pool":
             inner = site.heads if o.mix == "width" else 1
             each = inner * (product_flops(1, d, d) + product_flops(1, dv, dv))
-            flops += layout.patches * each
-            padding = (reduced * o.r**2 - layout.patches) * each
+            mapped, slots = reduced, reduced
+            if o.reduction == "conv":
+                mapped, slots = layout.patches, reduced * o.r**2
+            flops += mapped * each
+            padding = (slots - mapped) * each
         return self._cost(site, flops, between=reduced * (d + dv), padding=padding)
 
     def branch(
@@ -138,32 +163,49 @@ class Pvt(Mechanism):
 
     def _entries(self, x: Tensor, part: Literal["key", "value"], layout: TokenLayout) -> Tensor:
         """Special tokens of x [B, H, N, D] as they are, then its reduced patches."""
+        o, heads = self.options, x.shape[1]
         patches, special = split(x, layout)
-        if self.options.reduction == "pool":
-            reduced = pool_tokens(patches, 0, layout.grid, self._windows(layout))
-        else:
-            weight = self.key_reduction if part == "key" else self.value_reduction
-            reduced = self._reduced(patches, weight.to(x.dtype), layout)
-        return torch.cat([special, reduced], dim=2)
+        rows = self._cells(patches, layout)
+        if o.reduction != "pool":
+            weight = getattr(self, f"{part}_reduction").to(x.dtype)
+            # one group: a single product of all images' rows, not a batch of them
+            rows = rows @ weight if o.mix == "head" else (rows[:, 0] @ weight[0])[:, None]
+        if o.reduction == "conv":
+            rows = rows / self._counts(layout, x)
+        if o.norm:
+            gain, bias = (getattr(self, f"{part}_norm_{y}").to(x.dtype) for y in ("weight", "bias"))
+            rows = F.layer_norm(rows, rows.shape[-1:]) * gain[:, None] + bias[:, None]
+        if o.reduction == "pool-conv":
+            rows = F.gelu(rows)
+        if o.mix == "width":
+            rows = rows[:, 0].unflatten(2, (heads, -1)).transpose(1, 2)
+        return torch.cat([special, rows], dim=2)
 
-    def _reduced(self, patches: Tensor, weight: Tensor, layout: TokenLayout) -> Tensor:
-        """Patches [B, H, h w, D], each window times `weight`: [B, H, windows, D].
-
-        A convolution whose stride is its kernel is a matrix product: exact in the working
-        precision also where convolutions are not.
+    def _cells(self, patches: Tensor, layout: TokenLayout) -> Tensor:
+        """What becomes an entry each, of patches [B, H, h w, D]: averages, or for `conv` all
+        patches of a window beside each other. [B, 1, windows, cells H D], all heads together, or
+        [B, H, windows, cells D] for mix=head.
         """
-        r, heads, dim = self.options.r, patches.shape[1], patches.shape[3]
-        (height, width), (rows, columns) = layout.grid, self._windows(layout)
+        o, windows = self.options, self._windows(layout)
+        if o.reduction != "conv":
+            pooled = pool_tokens(patches, 0, layout.grid, windows)
+            return pooled if o.mix == "head" else pooled.transpose(1, 2).flatten(2)[:, None]
+        # a convolution whose stride is its kernel is a matrix product: exact in the working
+        # precision also where convolutions are not
+        r, (height, width), (rows, columns) = o.r, layout.grid, windows
         image = patches.unflatten(2, (height, width))
         image = F.pad(image, (0, 0, 0, columns * r - width, 0, rows * r - height))
         cells = image.unflatten(3, (columns, r)).unflatten(2, (rows, r))  # [B, H, a, r, b, r, D]
-        if self.options.mix == "head":
-            reduced = cells.permute(0, 1, 2, 4, 3, 5, 6).flatten(4).flatten(2, 3) @ weight
-        else:
-            reduced = cells.permute(0, 2, 4, 3, 5, 1, 6).flatten(3).flatten(1, 2) @ weight[0]
-            reduced = reduced.unflatten(2, (heads, dim)).transpose(1, 2)
+        if o.mix == "head":
+            return cells.permute(0, 1, 2, 4, 3, 5, 6).flatten(4).flatten(2, 3)
+        return cells.permute(0, 2, 4, 3, 5, 1, 6).flatten(3).flatten(1, 2)[:, None]
+
+    def _counts(self, layout: TokenLayout, like: Tensor) -> Tensor:
+        """Patches in each window of `conv`, [windows, 1]."""
         down, across = (
-            (side - r * torch.arange(count, device=weight.device)).clamp(max=r).to(weight.dtype)
-            for side, count in ((height, rows), (width, columns))
+            (side - self.options.r * torch.arange(count, device=like.device))
+            .clamp(max=self.options.r)
+            .to(like.dtype)
+            for side, count in zip(layout.grid, self._windows(layout), strict=True)
         )
-        return reduced / (down[:, None] * across).view(-1, 1)
+        return (down[:, None] * across).view(-1, 1)

@@ -5,7 +5,7 @@ et al. 2023).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +42,9 @@ class SparsifinerOptions(Options):
             they are, the released code's are half as wide.
         threshold: entries of the basis that are no larger count as zero (0.02 in the released
             code).
+        mask_scale: factor of the logits of the coefficients, which decide the mask. `site`: the
+            site's own, 1 / sqrt(d) (the paper). `heads`: H^-0.5 for H heads, as in the released
+            code. The attention over the mask keeps the site's.
     """
 
     k: int = 49
@@ -50,6 +53,7 @@ class SparsifinerOptions(Options):
     coefficients: int = 8
     channels: int = 0
     threshold: float = 0.0
+    mask_scale: Literal["site", "heads"] = "site"
 
 
 @MECHANISMS.register("sparsifiner")
@@ -61,8 +65,7 @@ class Sparsifiner(Mechanism):
     and shared by the heads.
 
     Special tokens are no part of the prediction: every query reads them, and as queries they read
-    all keys (as the class token does in the released code). That code scales the coefficients'
-    logits by heads^-0.5; here it is the site's scale.
+    all keys (as the class token does in the released code).
 
     The paper trains the prediction to reconstruct the attention map. Here A, computed from queries
     and keys that are cut from the graph, gets the gradient that it would have as a term of the
@@ -88,11 +91,16 @@ class Sparsifiner(Mechanism):
         cost="N^2 + N (n + k) d",
         untrained="usable",
     )
-    limits = (("sparsifiner(k={patches})", "standard"),)
+    limits = (
+        ("sparsifiner(k={patches})", "standard"),
+        ("sparsifiner(k={patches},mask_scale=heads)", "standard"),
+    )
     samples = (
         {"k": 14, "n": 9, "coefficients": 9},
         {"k": 9, "n": 8, "pool": "2x4", "coefficients": 8, "channels": 3},
         {"k": 11, "n": 6, "coefficients": 3, "threshold": 0.02},
+        {"k": 12, "n": 9, "coefficients": 9, "mask_scale": "heads"},
+        {"k": 10, "n": 9, "coefficients": 1, "mask_scale": "heads"},
     )
     needs = frozenset({"grid"})
     axes = (("K", "k"),)
@@ -100,7 +108,9 @@ class Sparsifiner(Mechanism):
     @property
     def traits(self) -> frozenset[str]:  # type: ignore[override]
         o = self.options
-        held = {"linear", "averages", "convex", "scaled", "heads", "special-set", "routed-softmax"}
+        held = {"linear", "averages", "convex", "scaled", "special-set", "routed-softmax"}
+        # the other factor depends on the number of heads; it does not change a single entry's order
+        held |= {"heads"} if o.mask_scale == "site" or o.coefficients == 1 else set()
         # patches on either side of a window's centre tie where only that window's coefficient is
         # kept, and of equals the first are read
         if o.coefficients == o.n and o.threshold == 0:
@@ -181,7 +191,8 @@ class Sparsifiner(Mechanism):
             k = F.linear(k, self.channel_k.to(dtype), self.channel_k_bias.to(dtype))
         down = self._resized(self.down, layout, dtype)
         down = down * (self.site.layout.patches / layout.patches)
-        logits = (q * scale) @ (down @ k).transpose(-1, -2)
+        factor = scale if o.mask_scale == "site" else q.shape[1] ** -0.5
+        logits = (q * factor) @ (down @ k).transpose(-1, -2)
         weights = logits.softmax(dim=-1)
         if o.coefficients == o.n:
             return weights

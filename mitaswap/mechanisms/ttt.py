@@ -5,9 +5,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import Any, Literal
 
 import torch
@@ -18,14 +16,18 @@ from mitaswap.errors import MitaswapError
 from mitaswap.mechanisms._base import MECHANISMS, Mechanism, Options
 from mitaswap.mechanisms._card import Card, Cost, SiteShape
 from mitaswap.operators.counting import product_flops
+from mitaswap.operators.heads import norm_over_heads
+from mitaswap.operators.inner import EPS, InnerModel
 from mitaswap.operators.precision import outside_autocast, working
 from mitaswap.operators.ranges import at_least
+from mitaswap.operators.rotary import turned_in_sequence
 from mitaswap.tokens import TokenLayout
 
 
 @dataclass(frozen=True)
 class TttOptions(Options):
-    """Options of TTT layers.
+    """Options of TTT layers. The paper's formula has none of the last five; the released code
+    (test-time-training/ttt-lm-pytorch) always has them all.
 
     Args:
         inner: the inner model f_res. `linear`: x W (TTT-Linear); `mlp`: gelu(x W1) W2 (TTT-MLP).
@@ -39,6 +41,12 @@ class TttOptions(Options):
         norm: f(x) = x + LN(f_res(x)), the paper's; false: f = f_res.
         step: `mean` averages the inner loss over features and over the tokens of a step, as the
             authors' code does; `sum` adds them up, as the paper prints it, and diverges easily.
+        bias: biases of the inner model's layers, which the inner steps train like its weights.
+        positions: learned factors of the inner step: what the tokens of a mini-batch up to its
+            i-th teach counts max(0, 1 / i + offset_i) times (`step=sum`: 1 + offset_i).
+        rope: rotary embedding of queries and keys by their position within the mini-batch.
+        output_norm: LayerNorm of the output over the channels of all heads.
+        gelu: of the MLP; `tanh` approximates it.
     """
 
     inner: Literal["linear", "mlp"] = "linear"
@@ -49,6 +57,11 @@ class TttOptions(Options):
     rate: Literal["learned", "constant"] = "learned"
     norm: bool = True
     step: Literal["mean", "sum"] = "mean"
+    bias: bool = False
+    positions: bool = False
+    rope: bool = False
+    output_norm: bool = False
+    gelu: Literal["exact", "tanh"] = "exact"
 
 
 @MECHANISMS.register("ttt")
@@ -61,8 +74,11 @@ class Ttt(Mechanism):
     loses its last channels or gets zeros.
 
     With `norm=false,batch=0` this is linear attention without a normaliser (the paper's Theorem 1).
-    What the released code has besides the paper's formula is left out: biases of the inner model,
-    learned factors per position of a mini-batch, rotary embedding, the LayerNorm of the output.
+
+    With `positions`, W_t = W - max(0, 1 / i + offset_i) (sum of the steps of the first i tokens of
+    t's mini-batch). With `order=all` no query is read in the middle of a mini-batch, so only the
+    factors of last positions act, each on a whole step. `rope` turns channels (2j, 2j + 1) by (t
+    mod batch) 10000^(-2j / D), also in the x of x + LN(f_res(x)); of an odd D the last one stays.
 
     Parameters:
         weight: [H, D, Dv], W0 of the linear model; or
@@ -70,6 +86,9 @@ class Ttt(Mechanism):
             N(0, 0.02^2), alike in all heads; zero for the linear model without norm.
         norm_weight, norm_bias: [H, Dv], of the LayerNorm; start one and zero.
         rate_weight, rate_bias: [H, C] and [H], of the learned rate; start zero.
+        bias: [H, Dv], or bias1, bias2: [H, R], [H, Dv], with `bias`; start zero.
+        offset: [batch], with `positions`, one for each position on any grid; starts zero.
+        output_weight, output_bias: [H Dv], with `output_norm`; start one and zero.
     """
 
     options_type = TttOptions
@@ -84,17 +103,27 @@ class Ttt(Mechanism):
         cost="N d^2",
         untrained="needs finetuning",
     )
+    limits = (("ttt(positions=true)", "ttt"),)
     samples = (
         {},
         {"inner": "mlp", "ratio": 2, "batch": 20},
         {"order": "causal", "rate": "constant"},
         {"norm": False, "batch": 0, "rate": "constant"},
         {"inner": "mlp", "batch": 0, "step": "sum", "eta": 0.01},
-    )
-    norm_weight: nn.Parameter
-    norm_bias: nn.Parameter
+        {"bias": True, "batch": 0},
+        {"order": "causal", "positions": True, "batch": 20},
+        {"norm": False, "batch": 0, "rate": "constant", "rope": True},
+        {"norm": False, "batch": 0, "step": "sum", "output_norm": True},
+        {
+            "inner": "mlp", "ratio": 2, "order": "causal", "bias": True, "positions": True,
+            "rope": True, "output_norm": True, "gelu": "tanh",
+        },
+    )  # fmt: skip
     rate_weight: nn.Parameter
     rate_bias: nn.Parameter
+    offset: nn.Parameter
+    output_weight: nn.Parameter
+    output_bias: nn.Parameter
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
@@ -102,8 +131,12 @@ class Ttt(Mechanism):
 
     @property
     def traits(self) -> frozenset[str]:  # type: ignore[override]
-        held = {"scaled", "heads"} | ({"linear"} if self._starts_at_zero else set())
-        if self.options.batch == 0:
+        o, held = self.options, {"scaled", "heads"}
+        if o.output_norm:
+            held -= {"heads"} | ({"scaled"} if self._starts_at_zero and not o.bias else set())
+        elif self._starts_at_zero:
+            held |= {"linear"}
+        if o.batch == 0 and not o.rope:
             held |= {"key-set", "pointwise", "special-set", "mirror"}
         return frozenset(held)
 
@@ -121,29 +154,37 @@ class Ttt(Mechanism):
                 f"{self.spec}: order=causal compares all queries of a mini-batch with its keys, "
                 f"N x N work with batch=0; use batch={TttOptions.batch}"
             )
+        if o.positions and o.batch == 0:
+            raise MitaswapError(
+                f"{self.spec}: positions=true learns a factor for each position of a mini-batch; "
+                f"with batch=0 their number would follow the image; use batch={TttOptions.batch}"
+            )
 
     def build(self, site: SiteShape) -> None:
         o, heads = self.options, site.heads
         generator = torch.Generator().manual_seed(0)
-        for name, shape in zip(self._names, self._layers(site), strict=True):
+        for end, shape in zip(self._ends, self._layers(site), strict=True):
             spread = 0.0 if self._starts_at_zero else 0.02
             start = (spread * torch.randn(shape, generator=generator)).repeat(heads, 1, 1)
-            self.register_parameter(name, nn.Parameter(start))
+            self.register_parameter(f"weight{end}", nn.Parameter(start))
+            if o.bias:
+                self.register_parameter(f"bias{end}", nn.Parameter(torch.zeros(heads, shape[1])))
         if o.norm:
             self.norm_weight = nn.Parameter(torch.ones(heads, site.value_dim))
             self.norm_bias = nn.Parameter(torch.zeros(heads, site.value_dim))
         if o.rate == "learned":
             self.rate_weight = nn.Parameter(torch.zeros(heads, site.width))
             self.rate_bias = nn.Parameter(torch.zeros(heads))
+        if o.positions:
+            self.offset = nn.Parameter(torch.zeros(o.batch))
+        if o.output_norm:
+            self.output_weight = nn.Parameter(torch.ones(heads * site.value_dim))
+            self.output_bias = nn.Parameter(torch.zeros(heads * site.value_dim))
 
     @property
-    def _eta(self) -> float:
-        """Inner learning rate."""
-        return self.options.eta or (1.0 if self.options.inner == "linear" else 0.1)
-
-    @property
-    def _names(self) -> tuple[str, ...]:
-        return ("weight",) if self.options.inner == "linear" else ("weight1", "weight2")
+    def _ends(self) -> tuple[str, ...]:
+        """What the names of the inner model's parameters end with, layer by layer."""
+        return ("",) if self.options.inner == "linear" else ("1", "2")
 
     def _layers(self, site: SiteShape) -> list[tuple[int, int]]:
         if self.options.inner == "linear":
@@ -160,7 +201,8 @@ class Ttt(Mechanism):
         if o.order == "causal":
             for size in (min(o.batch, n - start) for start in range(0, n, o.batch)):
                 flops += sum(product_flops(size, size, sum(shape)) for shape in layers)
-        return self._cost(site, flops, between=sum(a * b for a, b in layers))
+        between = sum((a + int(o.bias)) * b for a, b in layers)
+        return self._cost(site, flops, between)
 
     @outside_autocast
     def reference(
@@ -169,85 +211,56 @@ class Ttt(Mechanism):
         o, dtype, tokens = self.options, q.dtype, q.shape[2]
         q, k, v = working(q, k, v)
         q = q * (scale * math.sqrt(q.shape[-1]))
-        rates = self._rates(q, extra.get("x"))
-        weights = [getattr(self, name).to(q.dtype) for name in self._names]
         size = o.batch or tokens
+        if o.rope:
+            place = torch.arange(tokens, device=q.device) % size
+            q, k = turned_in_sequence(q, place), turned_in_sequence(k, place)
+        rates, shares = self._rates(q, v.shape[-1], extra.get("x")), self._shares(size, q)
+        model = self._model(q.dtype)
         out = []
         for start in range(0, tokens, size):
-            rows = slice(start, min(start + size, tokens))
-            inputs, slopes = self._slopes(k[:, :, rows], v[:, :, rows], weights)
-            slopes = [slope * rates[:, :, rows] for slope in slopes]
+            at = slice(start, min(start + size, tokens))
+            own = shares[: at.stop - start]
+            step = model.slopes(k[:, :, at], v[:, :, at], rates[:, :, at])
             if o.order == "causal":
-                out.append(self._read(q[:, :, rows], weights, zip(inputs, slopes, strict=True)))
-            share = 1.0 / (rows.stop - start) if o.step == "mean" else 1.0
-            weights = [
-                weight - share * (x.transpose(-1, -2) @ slope)
-                for weight, x, slope in zip(weights, inputs, slopes, strict=True)
-            ]
+                out.append(model.read(q[:, :, at], step, own))
+            model = model.stepped(step, own[-1])
         if o.order == "all":
-            out.append(self._read(q, weights))
-        return torch.cat(out, dim=2).to(dtype)
+            out.append(model.read(q))
+        rows = torch.cat(out, dim=2)
+        if o.output_norm:
+            rows = norm_over_heads(rows, self.output_weight, self.output_bias, EPS)
+        return rows.to(dtype)
 
-    def _rates(self, q: Tensor, x: Tensor | None) -> Tensor:
-        """Inner learning rate of every token, [B, H, N, 1]."""
-        if x is None or self.options.rate == "constant":
-            return torch.full_like(q[..., :1], self._eta)
+    def _model(self, dtype: torch.dtype) -> InnerModel:
+        """The inner model before its first step."""
+
+        def part(name: str) -> Tensor:
+            return self.get_parameter(name).to(dtype)
+
+        o = self.options
+        return InnerModel(
+            [part(f"weight{end}") for end in self._ends],
+            [part(f"bias{end}")[:, None] for end in self._ends] if o.bias else [],
+            (part("norm_weight")[:, None], part("norm_bias")[:, None]) if o.norm else None,
+            tanh=o.gelu == "tanh",
+        )
+
+    def _rates(self, q: Tensor, width: int, x: Tensor | None) -> Tensor:
+        """Inner learning rate of each token's |f(k) - v|^2 / 2, `width` features, [B, H, N, 1]."""
+        o = self.options
+        eta = o.eta or (1.0 if o.inner == "linear" else 0.1)
+        eta = eta / width if o.step == "mean" else eta * 2.0
+        if x is None or o.rate == "constant":
+            return torch.full_like(q[..., :1], eta)
         weight, bias = self.rate_weight.to(q.dtype), self.rate_bias.to(q.dtype)
         gate = F.linear(x.to(q.dtype), weight, bias).sigmoid()
-        return self._eta * gate.transpose(1, 2)[..., None]
+        return eta * gate.transpose(1, 2)[..., None]
 
-    def _slopes(self, k: Tensor, v: Tensor, weights: list[Tensor]) -> tuple[list[Tensor], ...]:
-        """For each layer its inputs, and the gradient of every token's loss by its outputs."""
-        inputs, hidden = [k], k @ weights[0]
-        out = hidden
-        if len(weights) > 1:
-            inputs.append(F.gelu(hidden))
-            out = inputs[1] @ weights[1]
-        if self.options.norm:
-            gain, bias = (x.to(out.dtype)[:, None] for x in (self.norm_weight, self.norm_bias))
-            centred = out - out.mean(dim=-1, keepdim=True)
-            deviation = (centred.square().mean(dim=-1, keepdim=True) + _EPS).sqrt()
-            unit = centred / deviation
-            error = (_resized(k, v.shape[-1]) + unit * gain + bias - v) * gain
-            along = unit * (error * unit).mean(dim=-1, keepdim=True)
-            slope = (error - error.mean(dim=-1, keepdim=True) - along) / deviation
-        else:
-            slope = out - v
-        slope = slope / v.shape[-1] if self.options.step == "mean" else slope * 2.0
-        if len(weights) == 1:
-            return inputs, [slope]
-        below = torch.special.ndtr(hidden)
-        density = (hidden.square() * -0.5).exp() / math.sqrt(2.0 * math.pi)
-        inner = (slope @ weights[1].transpose(-1, -2)) * (below + hidden * density)
-        return inputs, [inner, slope]
-
-    def _read(
-        self, q: Tensor, weights: list[Tensor], own: Iterable[tuple[Tensor, Tensor]] = ()
-    ) -> Tensor:
-        """f(q; W), or with each layer's inputs and slopes of the queries' own mini-batch, f(q_t;
-        W_t): a query sees the steps of the tokens up to its own (the paper's dual form).
-        """
-        x = q
-        for i, (weight, step) in enumerate(zip_longest(weights, own)):
-            out = x @ weight
-            if step is not None:
-                inputs, slopes = step
-                seen = (x @ inputs.transpose(-1, -2)).tril()
-                if self.options.step == "mean":
-                    count = torch.arange(1, q.shape[2] + 1, device=q.device, dtype=q.dtype)
-                    seen = seen / count[:, None]
-                out = out - seen @ slopes
-            x = F.gelu(out) if i + 1 < len(weights) else out
-        if not self.options.norm:
-            return x
-        gain, bias = (part.to(x.dtype)[:, None] for part in (self.norm_weight, self.norm_bias))
-        unit = F.layer_norm(x, x.shape[-1:], eps=_EPS)
-        return _resized(q, x.shape[-1]) + unit * gain + bias
-
-
-_EPS = 1e-6  # of the LayerNorm, as in the released code
-
-
-def _resized(x: Tensor, width: int) -> Tensor:
-    """The first `width` channels of x, zeros where it has fewer."""
-    return F.pad(x, (0, width - x.shape[-1]))
+    def _shares(self, size: int, like: Tensor) -> Tensor:
+        """Factor of the summed steps of the first 1, 2, .. tokens of a mini-batch, [size]."""
+        count = torch.arange(1, size + 1, device=like.device, dtype=like.dtype)
+        share = 1.0 / count if self.options.step == "mean" else torch.ones_like(count)
+        if self.options.positions:
+            share = (share + self.offset.to(like.dtype)).clamp(min=0.0)
+        return share

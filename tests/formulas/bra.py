@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -38,6 +40,8 @@ def bra(
     shared: bool = True,
     special_keys: bool = True,
     plain_special: bool = True,
+    wide: bool = False,
+    wide_special: bool = True,
 ) -> Formula:
     """Eq. 3 to 7.
 
@@ -47,6 +51,8 @@ def bra(
         shared: one region graph for all heads, by the inner product over the full width.
         special_keys: False hides the special tokens from the patches: a control.
         plain_special: False lets special tokens read special tokens alone: a control.
+        wide: logits over the square root of the width of all heads, not of one.
+        wide_special: False scales the special tokens' own logits as without `wide`: a control.
     """
 
     def formula(at: Inputs) -> Tensor:
@@ -77,10 +83,13 @@ def bra(
                     gathered = [n for other in others for n in held[other]]
                     for n in region:
                         seen[n] = gathered + (special if special_keys else [])
-                rows = [
-                    read(q[h, n], k[h, seen[n]], v[h, seen[n]], [scale] * len(seen[n]))
-                    for n in range(layout.tokens)
-                ]
+                rows = []
+                for n in range(layout.tokens):
+                    factor = scale
+                    if wide and (wide_special or n not in special):
+                        factor = scale * math.sqrt(q.shape[2]) / math.sqrt(q.shape[0] * q.shape[2])
+                    factors = [factor] * len(seen[n])
+                    rows.append(read(q[h, n], k[h, seen[n]], v[h, seen[n]], factors))
                 heads.append(torch.stack(rows))
             batches.append(torch.stack(heads))
         return torch.stack(batches)
@@ -101,6 +110,13 @@ CASES = [
     Case("bra(n=8,k=3,pool=2x4,graph=per-head)", bra((2, 4), 3, shared=False), EVEN, 24, 0.4),
     Case("bra(n=6,k=2)", bra((2, 3), 2), BOTH, 8, 0.25, "constant"),
     Case("bra(n=6,k=4,graph=per-head)", bra((2, 3), 4, shared=False), TAIL, 8, 0.5, "constant"),
+    Case("bra(n=6,k=2,scale=width)", bra((2, 3), 2, wide=True), BOTH),
+    Case("bra(n=15,k=4,scale=width)", bra((3, 5), 4, wide=True), BARE, 24, 0.7),
+    Case(
+        "bra(n=8,k=3,pool=2x4,graph=per-head,scale=width)",
+        bra((2, 4), 3, shared=False, wide=True),
+        TAIL,
+    ),
 ]
 
 #: a mechanism beside a formula that differs from its own in one detail
@@ -111,5 +127,10 @@ NEAR_MISSES = {
     "patches blind to special tokens": Case("bra(n=6,k=2)", bra((2, 3), 2, special_keys=False)),
     "special tokens among themselves": Case(
         "bra(n=6,k=2)", bra((2, 3), 2, plain_special=False), DEEP
+    ),
+    "the site's scale": Case("bra(n=6,k=2,scale=width)", bra((2, 3), 2), BOTH),
+    "the width's scale": Case("bra(n=6,k=2)", bra((2, 3), 2, wide=True), BARE),
+    "special queries at the site's scale": Case(
+        "bra(n=6,k=2,scale=width)", bra((2, 3), 2, wide=True, wide_special=False), DEEP
     ),
 }

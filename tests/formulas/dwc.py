@@ -12,8 +12,17 @@ from formulas.mita import mita
 from formulas.standard import standard
 
 
-def dwc(inner: Callable[[Inputs], Tensor], kernel: int, flipped: bool = False) -> Formula:
-    """inner(...) + the sum of the neighbours' values, each channel with its own weights."""
+def dwc(
+    inner: Callable[[Inputs], Tensor], kernel: int, shared: bool = False, flipped: bool = False
+) -> Formula:
+    """inner(...) + the sum of the neighbours' values, each channel with its own weights.
+
+    Args:
+        inner: the mechanism's formula.
+        kernel: side of the kernel.
+        shared: channel c of every head has the weights c (released code).
+        flipped: True transposes the kernel: nobody's, a control.
+    """
 
     def formula(at: Inputs) -> Tensor:
         out, (h, w), reach = inner(at), at.layout.grid, kernel // 2
@@ -21,7 +30,8 @@ def dwc(inner: Callable[[Inputs], Tensor], kernel: int, flipped: bool = False) -
         for b in range(out.shape[0]):
             heads = []
             for head in range(out.shape[1]):
-                channels = slice(head * out.shape[3], (head + 1) * out.shape[3])
+                first = 0 if shared else head * out.shape[3]
+                channels = slice(first, first + out.shape[3])
                 weight, bias = at.params["weight"][channels, 0], at.params["bias"][channels]
                 tokens = list(out[b, head])
                 for r in range(h):
@@ -49,10 +59,17 @@ CASES = [
     Case("standard+dwc(kernel=5)", dwc(standard(), 5), BOTH, scale=0.3),
     Case("standard+dwc(kernel=1)", dwc(standard(), 1), TAIL),
     Case("mita(m=6,k=5)+dwc", dwc(mita((2, 3), 5), 3), BOTH),
+    Case("standard+dwc(share=true)", dwc(standard(), 3, shared=True)),
+    Case("standard+dwc(share=true,kernel=5)", dwc(standard(), 5, shared=True), BOTH, 24),
+    Case("standard+dwc(share=true)", dwc(standard(), 3, shared=True), DEEP, built=TAIL),
 ]
 
 #: a mechanism beside a formula that differs from its own in one detail
 NEAR_MISSES = {
     "transposed kernel": Case("standard+dwc", dwc(standard(), 3, flipped=True)),
+    "transposed shared kernel": Case(
+        "standard+dwc(share=true)", dwc(standard(), 3, shared=True, flipped=True)
+    ),
+    "first head's kernels for all": Case("standard+dwc", dwc(standard(), 3, shared=True)),
     "no convolution": Case("standard+dwc", standard()),
 }

@@ -24,6 +24,10 @@ def leaky(x: Tensor) -> Tensor:
     return torch.where(x > 0, x, 0.01 * x)
 
 
+def exponential(factor: float) -> Callable[[Tensor], Tensor]:
+    return lambda x: math.e ** (factor * x)
+
+
 def inline(
     kernel: Callable[[Tensor], Tensor] = identity,
     local: bool = True,
@@ -105,12 +109,18 @@ CASES = [
     Case("inline(kernel=relu,local=false)", inline(relu, local=False), DEEP, 24),
     Case("inline(kernel=leakyrelu,local=false)", inline(leaky, local=False), TAIL, scale=0.2),
     Case("inline(local=false)", inline(local=False), BARE, 8, 0.25, "constant"),
+    Case("inline(kernel=exp)", inline(exponential(0.2)), BOTH),
+    Case("inline(kernel=exp,local=false)", inline(exponential(0.2), local=False), BARE, scale=0.7),
+    Case("inline(kernel=exp,t=1.0)", inline(exponential(1.0)), DEEP, 24),
+    Case("inline(kernel=exp,t=0.5,local=false)", inline(exponential(0.5), local=False), TAIL),
 ]
 
 #: a mechanism beside a formula that differs from its own in one detail
 NEAR_MISSES = {
     "weights sum to zero": Case("inline(local=false)", inline(local=False, one=False)),
     "another kernel": Case("inline(kernel=leakyrelu)", inline(relu)),
+    "another exponent": Case("inline(kernel=exp)", inline(exponential(0.21))),
+    "no exponential": Case("inline(kernel=exp)", inline()),
     "mean of patches alone": Case("inline", inline(over_patches=True)),
     "neighbours mirrored": Case("inline", inline(turned=True)),
 }

@@ -41,6 +41,9 @@ def mhla(
     clipped: bool = True,
     special: bool = True,
     by_columns: bool = False,
+    released: bool = False,
+    eps_in_features: bool = True,
+    by_rows: bool = False,
 ) -> Formula:
     """Eq. 3 to 5.
 
@@ -52,12 +55,17 @@ def mhla(
         clipped: whether coefficients stay within 0 and 1 (False: a control).
         special: whether patches read special tokens (False: a control).
         by_columns: coefficients transposed, those of a key block for the query blocks: a control.
+        released: the normaliser of the authors' code, where the queries at one place of all blocks
+            meet the z of their own block.
+        eps_in_features: False leaves the released eps out of the features: a control.
+        by_rows: places in blocks counted down the columns: a control.
     """
 
     def phi(row: Tensor) -> Tensor:
+        extra = eps if released and eps_in_features else 0.0
         if feature == "relu":
-            return torch.stack([x if x > 0 else 0 * x for x in row])
-        return torch.stack([x + 1 if x > 0 else torch.exp(x) for x in row])
+            return torch.stack([x if x > 0 else 0 * x for x in row]) + extra
+        return torch.stack([x + 1 if x > 0 else torch.exp(x) for x in row]) + extra
 
     def coefficients(mixing: Tensor) -> Tensor:
         c = mixing
@@ -76,17 +84,33 @@ def mhla(
         if by_columns:
             c = c.T
         owner: list[int | None] = [None] * at.layout.tokens  # None: a special token
+        place: dict[int, tuple[int, int]] = {}  # of a patch in its block
+        held_by: list[list[list[int]]] = []  # rows of patches of every block
         for i in range(a):
             for j in range(b):
+                lines: list[list[int]] = []
                 for r in range(i * h // a, (i + 1) * h // a):
+                    lines.append([])
                     for s in range(j * w // b, (j + 1) * w // b):
-                        owner[at.layout.prefix + r * w + s] = i * b + j
+                        patch = at.layout.prefix + r * w + s
+                        place[patch] = (r - i * h // a, s - j * w // b)
+                        lines[-1].append(patch)
+                        owner[patch] = i * b + j
+                held_by.append(lines)
+
+        def beside(patch: int, block: int) -> int:
+            """The patch of another block at the same place, or the nearest that the block has."""
+            row, column = place[patch]
+            if by_rows:
+                row, column = column, row
+            lines = held_by[block]
+            return lines[min(row, len(lines) - 1)][min(column, len(lines[0]) - 1)]
 
         def head(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             queries = [phi(row * at.scale * math.sqrt(len(row))) for row in q]
             keys = [phi(row) for row in k]
             rows = []
-            for query, block in zip(queries, owner, strict=True):
+            for token, (query, block) in enumerate(zip(queries, owner, strict=True)):
                 top, below = torch.zeros_like(v[0]), torch.zeros_like(query[0])
                 for key, value, held in zip(keys, v, owner, strict=True):
                     if block is None or (held is None and special):
@@ -97,8 +121,10 @@ def mhla(
                         weight = c[block, held]
                     alike = (query * key).sum()
                     top = top + weight * alike * value
+                    if released and block is not None and held is not None:
+                        alike = (queries[beside(token, held)] * key).sum()
                     below = below + weight * alike
-                rows.append(top / (below + eps / blocks))
+                rows.append(top / (below + (eps if released else eps / blocks)))
             return torch.stack(rows)
 
         return each_head(head, at.q, at.k, at.v)
@@ -125,6 +151,26 @@ CASES = [
         built=TokenLayout(0, (7, 3)),
     ),
     Case("mhla(m=4)", mhla((2, 2)), SMALL, 8, 0.25, "constant"),
+    Case("mhla(m=6,normaliser=released)", mhla((2, 3), released=True), BOTH),
+    Case("mhla(m=4,normaliser=released,eps=0.5)", mhla((2, 2), eps=0.5, released=True), BARE, 24),
+    Case(
+        "mhla(m=8,pool=2x4,normaliser=released,start=released)",
+        mhla((2, 4), released=True),
+        TokenLayout(1, (4, 8)),
+        scale=0.3,
+    ),
+    Case(
+        "mhla(m=4,feature=elu,normaliser=released)",
+        mhla((2, 2), "elu", built=(2, 2), released=True),
+        SMALL,
+        built=TokenLayout(2, (5, 4), 1),
+    ),
+    Case(
+        "mhla(m=6,normaliser=released)",
+        mhla((2, 3), built=(3, 2), released=True),
+        PLAIN,
+        built=TokenLayout(1, (5, 3)),
+    ),
 ]
 
 #: a mechanism beside a formula that differs from its own in one detail
@@ -134,4 +180,14 @@ NEAR_MISSES = {
     "coefficients transposed": Case("mhla(m=6)", mhla((2, 3), by_columns=True), PLAIN),
     "no special keys": Case("mhla(m=6)", mhla((2, 3), special=False), PLAIN),
     "elu for relu": Case("mhla(m=6)", mhla((2, 3), "elu"), PLAIN),
+    "the paper's normaliser": Case("mhla(m=6,normaliser=released)", mhla((2, 3)), BOTH),
+    "the released normaliser": Case("mhla(m=6)", mhla((2, 3), released=True), BOTH),
+    "eps beside the features": Case(
+        "mhla(m=4,normaliser=released,eps=0.5)",
+        mhla((2, 2), eps=0.5, released=True, eps_in_features=False),
+        SMALL,
+    ),
+    "places transposed": Case(
+        "mhla(m=6,normaliser=released)", mhla((2, 3), released=True, by_rows=True), BOTH
+    ),
 }

@@ -70,6 +70,9 @@ def nsa(
     shared: bool = False,
     special: bool = True,
     positions: bool = True,
+    initial: int = 0,
+    apart: bool = False,
+    plain_queries: bool = True,
 ) -> Formula:
     """o = g_cmp o_cmp + g_slc o_slc + g_win o_win for patches, softmax attention for special
     tokens.
@@ -81,6 +84,9 @@ def nsa(
         shared: one selection for all heads.
         special: False hides special tokens from the selected branch: a control.
         positions: False leaves out the places within blocks: a control.
+        initial: number of blocks, from the first, that every query selects.
+        apart: each branch has its own keys and values, maps of those of all heads.
+        plain_queries: False lets special queries read the last branch's own: a control.
     """
 
     def formula(at: Inputs) -> Tensor:
@@ -104,28 +110,44 @@ def nsa(
                     found.append(other)
             return found
 
+        def projected(x: Tensor, name: str, number: int) -> Tensor:
+            """A branch's keys or values x [H, N, D]: channels of all heads times its own map."""
+            if not apart:
+                return x
+            weight, width = at.params[f"{name}_projections.weight"][number], x.shape[2]
+            tokens = []
+            for t in range(x.shape[1]):
+                whole = torch.cat([x[h, t] for h in range(x.shape[0])])
+                mapped = torch.stack([(whole * column).sum() for column in weight.T])
+                tokens.append(torch.stack(mapped.split(width)))
+            return torch.stack(tokens, dim=1)
+
         def element(b: int) -> Tensor:
             heads = range(at.q.shape[1])
+            keys_of = [projected(at.k[b], "key", n) for n in range(3)]
+            values_of = [projected(at.v[b], "value", n) for n in range(3)]
             small = [
                 [
                     torch.stack(
-                        [compressed(x[b, h], block, at.params, name, positions) for block in blocks]
+                        [compressed(x[h], block, at.params, name, positions) for block in blocks]
                     )
-                    for x, name in ((at.k, "key_map"), (at.v, "value_map"))
+                    for x, name in ((keys_of[0], "key_map"), (values_of[0], "value_map"))
                 ]
                 for h in heads
             ]
 
-            def attend(h: int, t: int, tokens: list[int]) -> Tensor:
-                return read(
-                    at.q[b, h, t], at.k[b, h, tokens], at.v[b, h, tokens], [scale] * len(tokens)
+            def attend(h: int, t: int, tokens: list[int], number: int | None = None) -> Tensor:
+                k, v = (
+                    (at.k[b], at.v[b]) if number is None else (keys_of[number], values_of[number])
                 )
+                return read(at.q[b, h, t], k[h, tokens], v[h, tokens], [scale] * len(tokens))
 
             out: list[list[Tensor]] = [[] for _ in heads]
             for t in range(layout.tokens):
                 if t in specials:
                     for h in heads:
-                        out[h].append(attend(h, t, list(range(layout.tokens))))
+                        number = None if plain_queries else 2
+                        out[h].append(attend(h, t, list(range(layout.tokens)), number))
                     continue
                 importance = []
                 for h in heads:
@@ -136,17 +158,19 @@ def nsa(
                     importance = [sum(importance, torch.zeros_like(importance[0]))] * len(heads)
                 for h in heads:
                     scores = importance[h].clone()
+                    for m in range(initial):
+                        scores[m] = math.inf
                     if own:
                         for m, block in enumerate(blocks):
                             if t in [token for token, _ in block]:
                                 scores[m] = math.inf
                     selected = [token for m in largest(scores, count) for token, _ in blocks[m]]
-                    keys = torch.cat([small[h][0], at.k[b, h, specials]])
-                    values = torch.cat([small[h][1], at.v[b, h, specials]])
+                    keys = torch.cat([small[h][0], keys_of[0][h, specials]])
+                    values = torch.cat([small[h][1], values_of[0][h, specials]])
                     branches = [
                         read(at.q[b, h, t], keys, values, [scale] * len(keys)),
-                        attend(h, t, selected + (specials if special else [])),
-                        attend(h, t, near(t) + specials),
+                        attend(h, t, selected + (specials if special else []), 1),
+                        attend(h, t, near(t) + specials, 2),
                     ]
                     total = torch.zeros_like(branches[0])
                     for c, branch in enumerate(branches):
@@ -193,6 +217,30 @@ CASES = [
         "constant",
     ),
     Case("nsa(block=2,k=2,window=3)", nsa(2, 2, 3), BOTH, built=TokenLayout(1, (3, 5))),
+    Case("nsa(block=2,k=3,window=3,first=1)", nsa(2, 3, 3, initial=1), BOTH),
+    Case("nsa(block=2,k=3,window=3,first=2)", nsa(2, 3, 3, initial=2), EVEN, 24),
+    Case(
+        "nsa(block=2,blocks=raster,k=2,window=3,first=2,own=false,compress=mean)",
+        nsa(2, 2, 3, raster=True, own=False, initial=2),
+        BARE,
+    ),
+    Case(
+        "nsa(block=2,k=3,window=3,first=1,choice=shared)",
+        nsa(2, 3, 3, shared=True, initial=1),
+        TAIL,
+        8,
+        0.25,
+        "constant",
+    ),
+    Case("nsa(block=2,k=2,window=3,projections=branch)", nsa(2, 2, 3, apart=True), DEEP),
+    Case(
+        "nsa(block=2,k=3,window=3,compress=mean,own=false,projections=branch)",
+        nsa(2, 3, 3, own=False, apart=True),
+        BOTH,
+        scale=0.2,
+        built=TokenLayout(1, (3, 5)),
+    ),
+    Case("nsa(block=3,k=2,window=3,projections=branch)", nsa(3, 2, 3, apart=True), BARE),
 ]
 
 #: a mechanism beside a formula that differs from its own in one detail
@@ -203,5 +251,16 @@ NEAR_MISSES = {
     "no positions in blocks": Case("nsa(block=2,k=2,window=3)", nsa(2, 2, 3, positions=False)),
     "selection without special tokens": Case(
         "nsa(block=2,k=2,window=3)", nsa(2, 2, 3, special=False)
+    ),
+    "first block not fixed": Case("nsa(block=2,k=2,window=3,first=1)", nsa(2, 2, 3), BOTH),
+    "one more block fixed": Case(
+        "nsa(block=2,k=3,window=3,first=1)", nsa(2, 3, 3, initial=2), EVEN
+    ),
+    "one projection for all branches": Case(
+        "nsa(block=2,k=2,window=3,projections=branch)", nsa(2, 2, 3)
+    ),
+    "special queries read a branch's projection": Case(
+        "nsa(block=2,k=2,window=3,projections=branch)",
+        nsa(2, 2, 3, apart=True, plain_queries=False),
     ),
 }

@@ -1,4 +1,4 @@
-"""Nystromformer, Xiong et al. 2021, Sec. 3.2 and Eq. 11."""
+"""Nystromformer, Xiong et al. 2021, Sec. 3.2, Eq. 11, and the skip connection of V."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from formulas._case import BARE, BOTH, DEEP, TAIL, Case, Formula, Inputs, windows
+from formulas._case import BARE, BOTH, DEEP, PLAIN, TAIL, Case, Formula, Inputs, windows
 from mitaswap import TokenLayout
 
 Marks = Callable[[Tensor, TokenLayout], Tensor]
@@ -55,16 +55,50 @@ def inverse(a: Tensor, norm: Tensor, iterations: int) -> Tensor:
     return z
 
 
+def skip(v: Tensor, kernel: Tensor, shift: int = 0) -> Tensor:
+    """The convolution of one head's V along the sequence: the same kernel for every channel."""
+    size, rows = len(kernel), []
+    for i in range(len(v)):
+        row = torch.zeros_like(v[i])
+        for t in range(size):
+            j = i + t - (size - 1) // 2 + shift
+            if 0 <= j < len(v):
+                row = row + kernel[t] * v[j]
+        rows.append(row)
+    return torch.stack(rows)
+
+
+def skip_patches(v: Tensor, kernel: Tensor, layout: TokenLayout) -> Tensor:
+    """The same along the patches alone: special tokens get nothing."""
+    first, (h, w) = layout.prefix, layout.grid
+    last = first + h * w
+    none = torch.zeros_like(v)
+    return torch.cat([none[:first], skip(v[first:last], kernel), none[last:]])
+
+
 def nystrom(
-    marks: Marks, iterations: int | None = 6, released: bool = False, plain_mean: bool = False
+    marks: Marks,
+    iterations: int | None = 6,
+    released: bool = False,
+    conv: bool = False,
+    plain_mean: bool = False,
+    one_kernel: bool = False,
+    turned: bool = False,
+    shift: int = 0,
+    patches_only: bool = False,
 ) -> Formula:
-    """softmax(Q K~^T) Z softmax(Q~ K^T) V.
+    """softmax(Q K~^T) Z softmax(Q~ K^T) V, and a convolution of V if there is one.
 
     Args:
         marks: landmarks Q~ of the queries and K~ of the keys.
         iterations: of the inverse; None takes the exact one.
         released: one norm in Z_0 for the whole batch.
+        conv: adds V convolved along the sequence, special tokens included.
         plain_mean: Z = I / m, no inverse: a control.
+        one_kernel: all heads take the first head's kernel: a control.
+        turned: the kernel back to front: a control.
+        shift: moves the kernel off its centre: a control.
+        patches_only: convolves along the patches, without special tokens: a control.
     """
 
     def formula(at: Inputs) -> Tensor:
@@ -88,7 +122,14 @@ def nystrom(
                 z = inverse(core, norms[b, h], iterations)
             left = softmax_rows(at.q[b, h], keys[b, h], at.scale)
             right = softmax_rows(queries[b, h], at.k[b, h], at.scale)
-            return left @ (z @ (right @ at.v[b, h]))
+            out = left @ (z @ (right @ at.v[b, h]))
+            if not conv:
+                return out
+            kernel = at.params["conv_weight"][0 if one_kernel else h]
+            kernel = kernel.flip(0) if turned else kernel
+            if patches_only:
+                return out + skip_patches(at.v[b, h], kernel, at.layout)
+            return out + skip(at.v[b, h], kernel, shift)
 
         return torch.stack([torch.stack([head(b, h) for h in range(heads)]) for b in range(batch)])
 
@@ -119,6 +160,24 @@ CASES = [
         DEEP,
         scale=0.8,
     ),
+    Case("nystrom(m=5,conv=3)", nystrom(segments(5), conv=True), BOTH),
+    Case("nystrom(m=4,conv=7)", nystrom(segments(4), conv=True), BARE, 24),
+    Case("nystrom(m=4,conv=1)", nystrom(segments(4), conv=True), TAIL, scale=0.5),
+    # longer than both sides of the sequence
+    Case("nystrom(m=5,conv=35)", nystrom(segments(5), conv=True), DEEP),
+    Case(
+        "nystrom(m=6,conv=5,iterations=3,landmarks=windows,scaling=released)",
+        nystrom(tiles((2, 3)), 3, released=True, conv=True),
+        BOTH,
+        72,
+    ),
+    Case(
+        "nystrom(m=4,conv=9,inverse=exact)",
+        nystrom(segments(4), None, conv=True),
+        BOTH,
+        built=PLAIN,
+        room=1e-8,
+    ),
 ]
 
 #: a mechanism beside a formula that differs from its own in one detail
@@ -128,4 +187,17 @@ NEAR_MISSES = {
     "segments for windows": Case("nystrom(m=6,landmarks=windows)", nystrom(segments(6)), BOTH),
     "exact inverse": Case("nystrom(m=5,iterations=3)", nystrom(segments(5), None)),
     "no inverse": Case("nystrom(m=5)", nystrom(segments(5), plain_mean=True)),
+    "no convolution": Case("nystrom(m=5,conv=3)", nystrom(segments(5)), BOTH),
+    "one kernel for all heads": Case(
+        "nystrom(m=5,conv=3)", nystrom(segments(5), conv=True, one_kernel=True), BOTH
+    ),
+    "kernel back to front": Case(
+        "nystrom(m=5,conv=3)", nystrom(segments(5), conv=True, turned=True), BOTH
+    ),
+    "kernel off its centre": Case(
+        "nystrom(m=5,conv=3)", nystrom(segments(5), conv=True, shift=1), BOTH
+    ),
+    "convolution without special tokens": Case(
+        "nystrom(m=5,conv=3)", nystrom(segments(5), conv=True, patches_only=True), BOTH
+    ),
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -32,6 +34,16 @@ def strided(
     return torch.stack(reduced)
 
 
+def normed(row: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
+    """LayerNorm of one entry."""
+    centred = row - row.sum() / len(row)
+    return centred / torch.sqrt((centred * centred).sum() / len(row) + 1e-5) * gain + bias
+
+
+def gelu(x: Tensor) -> Tensor:
+    return x * (1 + torch.erf(x / math.sqrt(2))) / 2
+
+
 def pvt(
     r: int = 2,
     pooled: tuple[int, int] | None = None,
@@ -39,6 +51,10 @@ def pvt(
     counted: bool = True,
     transposed: bool = False,
     special: bool = True,
+    norm: bool = False,
+    mapped: bool = False,
+    normed_special: bool = False,
+    gelu_first: bool = False,
 ) -> Formula:
     """softmax(Q SR(K)^T scale) SR(V), special tokens' keys and values unreduced beside.
 
@@ -49,6 +65,10 @@ def pvt(
         counted: False leaves windows at the edge weaker, as plain zero padding does: a control.
         transposed: True reads the windows column by column: a control.
         special: False leaves out the special tokens' own entries: a control.
+        norm: LayerNorm of every reduced entry, over all heads' channels if `width`.
+        mapped: PVTv2's code: pooled entries times a matrix, GELU at the end.
+        normed_special: the special tokens' entries normed as well: a control.
+        gelu_first: GELU before the norm: a control.
     """
 
     def formula(at: Inputs) -> Tensor:
@@ -57,27 +77,43 @@ def pvt(
 
         def reduced(x: Tensor, name: str) -> list[Tensor]:
             """Entries of each head of one batch element x [H, N, D]."""
-            if pooled:
-                return [windows(x[h], first, layout.grid, pooled) for h in range(heads)]
-            weight = at.params[name]
-            if width:
-                side_by_side = torch.cat([x[h, first:end] for h in range(heads)], dim=1)
-                whole = strided(side_by_side, weight[0], layout.grid, r, counted, transposed)
-                return list(whole.split(x.shape[2], dim=1))
-            return [
-                strided(x[h, first:end], weight[h], layout.grid, r, counted, transposed)
-                for h in range(heads)
-            ]
+            groups = [x[h] for h in range(heads)]
+            if width:  # side by side
+                groups = [torch.cat(groups, dim=1)]
+            entries = []
+            for g, group in enumerate(groups):
+                if pooled:
+                    rows = windows(group, first, layout.grid, pooled)
+                    if mapped:
+                        rows = torch.stack(
+                            [row @ at.params[f"{name}_reduction"][g] for row in rows]
+                        )
+                else:
+                    weight = at.params[f"{name}_reduction"][g]
+                    patches = group[first:end]
+                    rows = strided(patches, weight, layout.grid, r, counted, transposed)
+                finished = []
+                for row in rows:
+                    row = gelu(row) if mapped and gelu_first else row
+                    if norm:
+                        row = normed(row, *norms(name, g))
+                    finished.append(gelu(row) if mapped and not gelu_first else row)
+                entries.append(torch.stack(finished))
+            return list(entries[0].split(x.shape[2], dim=1)) if width else entries
+
+        def norms(name: str, group: int) -> list[Tensor]:
+            return [at.params[f"{name}_norm_{part}"][group] for part in ("weight", "bias")]
 
         batches = []
         for b in range(at.q.shape[0]):
-            keys, values = reduced(at.k[b], "key_reduction"), reduced(at.v[b], "value_reduction")
+            keys, values = reduced(at.k[b], "key"), reduced(at.v[b], "value")
             outputs = []
             for h in range(heads):
                 own_keys, own_values = list(keys[h]), list(values[h])
                 for j in range(layout.tokens):
                     if special and not first <= j < end:
-                        own_keys.append(at.k[b, h, j])
+                        key = at.k[b, h, j]
+                        own_keys.append(normed(key, *norms("key", h)) if normed_special else key)
                         own_values.append(at.v[b, h, j])
                 entries = torch.stack(own_keys), torch.stack(own_values)
                 factors = [at.scale] * len(own_keys)
@@ -102,6 +138,23 @@ CASES = [
     Case("pvt(r=2,mix=head)", pvt(), BOTH, built=PLAIN),
     Case("pvt(mix=width)", pvt(width=True), EVEN, built=PLAIN),
     Case("pvt(mix=head)", pvt(), BARE, 8, 0.25, "constant"),
+    Case("pvt(norm=true)", pvt(width=True, norm=True), BOTH),
+    Case("pvt(r=3,norm=true,mix=head)", pvt(3, norm=True), DEEP, 24, 0.4),
+    Case("pvt(norm=true)", pvt(width=True, norm=True), EVEN, built=PLAIN),
+    Case("pvt(norm=true,mix=head,reduction=pool,size=2)", pvt(pooled=(2, 2), norm=True), TAIL),
+    Case("pvt(reduction=pool,size=3,norm=true)", pvt(pooled=(3, 3), width=True, norm=True), DEEP),
+    Case(
+        "pvt(reduction=pool-conv,size=2,norm=true)",
+        pvt(pooled=(2, 2), width=True, norm=True, mapped=True),
+        BOTH,
+    ),
+    Case("pvt(reduction=pool-conv,mix=head)", pvt(pooled=(3, 5), mapped=True), BARE, 24),
+    Case(
+        "pvt(reduction=pool-conv,size=3,mix=head,norm=true)",
+        pvt(pooled=(3, 3), norm=True, mapped=True),
+        EVEN,
+        built=PLAIN,
+    ),
 ]
 
 #: a mechanism beside a formula that differs from its own in one detail
@@ -111,4 +164,16 @@ NEAR_MISSES = {
     "no special entries": Case("pvt(mix=head)", pvt(special=False), DEEP),
     "disjoint windows": Case("pvt(reduction=pool,size=2)", pvt(pooled=(2, 1)), TAIL),
     "one more window": Case("pvt(reduction=pool,size=2)", pvt(pooled=(3, 3)), DEEP),
+    "no norm": Case("pvt(norm=true)", pvt(width=True), BOTH),
+    "special tokens normed": Case(
+        "pvt(norm=true,mix=head)", pvt(norm=True, normed_special=True), DEEP
+    ),
+    "no map of the averages": Case(
+        "pvt(reduction=pool-conv,size=2)", pvt(pooled=(2, 2), width=True), TAIL
+    ),
+    "GELU before the norm": Case(
+        "pvt(reduction=pool-conv,size=2,norm=true,mix=head)",
+        pvt(pooled=(2, 2), norm=True, mapped=True, gelu_first=True),
+        TAIL,
+    ),
 }

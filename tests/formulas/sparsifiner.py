@@ -49,10 +49,12 @@ def sparsifiner(
     projected: bool = False,
     threshold: float = 0.0,
     built: tuple[int, int] | None = None,
+    by_heads: bool = False,
     renormalise: bool = False,
     straight_through: bool = True,
     special_counted: bool = False,
     by_size: bool = True,
+    everywhere: bool = False,
 ) -> Formula:
     """c = softmax(q (down K)^T), the largest of its entries kept; S = c up; softmax over the keys
     with the largest S.
@@ -63,14 +65,19 @@ def sparsifiner(
         projected: whether the prediction has its own projections of queries and keys.
         threshold: entries of `up` up to this size are zero.
         built: grid of `down` and `up`, where it is not the layout's.
+        by_heads: logits of c are divided by sqrt(H), as the released code does.
         renormalise: makes the kept entries of c sum to one: not the paper's, a control.
         straight_through: False leaves the prediction without any gradient: a control.
         special_counted: True lets special tokens use up places among the kept: a control.
         by_size: False takes the largest entries of c from the other end: a control.
+        everywhere: by_heads for the logits of the attention, too: a control.
     """
 
     def formula(at: Inputs) -> Tensor:
         (h, w), scale, p = at.layout.grid, at.scale, at.params
+        of_mask = 1 / math.sqrt(at.q.shape[1]) if by_heads else scale
+        if everywhere:
+            scale = of_mask
         first, patches = at.layout.prefix, h * w
         special = [j for j in range(at.layout.tokens) if not first <= j < first + patches]
         down, up = list(p["down"]), list(p["up"])
@@ -94,7 +101,7 @@ def sparsifiner(
                     out.append(read(query, k, v, [scale] * len(k)))
                     continue
                 mine = predictor(query, "channel_q")
-                logits = torch.stack([scale * (mine * mark).sum() for mark in pooled])
+                logits = torch.stack([of_mask * (mine * mark).sum() for mark in pooled])
                 shares = torch.exp(logits - logits.detach().max())
                 shares = shares / shares.sum()
                 order = shares.detach() if by_size else -shares.detach()
@@ -152,6 +159,26 @@ CASES = [
         built=TokenLayout(1, (4, 7)),
     ),
     Case("sparsifiner(n=6,k=5,coefficients=4)", sparsifiner(5, 4), TAIL, 8, 0.25, "constant"),
+    Case(
+        "sparsifiner(n=6,k=5,coefficients=4,mask_scale=heads)",
+        sparsifiner(5, 4, by_heads=True),
+        BOTH,
+    ),
+    Case(
+        "sparsifiner(n=9,k=7,mask_scale=heads)", sparsifiner(7, by_heads=True), DEEP, 24, scale=0.6
+    ),
+    Case(
+        "sparsifiner(n=6,k=4,coefficients=2,channels=4,mask_scale=heads,threshold=0.1)",
+        sparsifiner(4, 2, True, threshold=0.1, by_heads=True),
+        BARE,
+        scale=0.1,
+    ),
+    Case(
+        "sparsifiner(n=6,k=6,coefficients=4,channels=4,mask_scale=heads)",
+        sparsifiner(6, 4, True, built=(3, 5), by_heads=True),
+        BOTH,
+        built=PLAIN,
+    ),
 ]
 
 #: a mechanism beside a formula that differs from its own in one detail
@@ -169,5 +196,16 @@ NEAR_MISSES = {
     ),
     "no threshold": Case(
         "sparsifiner(n=6,k=6,coefficients=3,threshold=0.2)", sparsifiner(6, 3), TAIL
+    ),
+    "the site's scale in the mask": Case(
+        "sparsifiner(n=6,k=5,coefficients=4,mask_scale=heads)", sparsifiner(5, 4), BOTH
+    ),
+    "the heads' scale in the mask": Case(
+        "sparsifiner(n=6,k=5,coefficients=4)", sparsifiner(5, 4, by_heads=True), BOTH
+    ),
+    "the mask's scale everywhere": Case(
+        "sparsifiner(n=6,k=5,coefficients=4,mask_scale=heads)",
+        sparsifiner(5, 4, by_heads=True, everywhere=True),
+        BOTH,
     ),
 }

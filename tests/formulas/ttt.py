@@ -1,7 +1,7 @@
 """TTT, Sun et al. 2024, Eq. 1 and 4 to 6: the weights of an inner model learn the keys' values.
 
 The inner gradients are autograd's here, token by token, and stay in the graph: the outer gradients
-go through them.
+go through them. Options that only the released code has follow test-time-training/ttt-lm-pytorch.
 """
 
 from __future__ import annotations
@@ -27,8 +27,13 @@ def ttt(
     mean: bool = True,
     residual: bool = True,
     stale: bool = True,
+    bias: str = "",
+    positions: str = "",
+    rope: str = "",
+    output_norm: str = "",
+    tanh: bool = False,
 ) -> Formula:
-    """Eq. 1 and 4 to 6.
+    """Eq. 1 and 4 to 6, and what the released code has besides.
 
     Args:
         batch: tokens per inner mini-batch; 0 for all.
@@ -41,16 +46,46 @@ def ttt(
         residual: False leaves x out of x + LN(.): a control.
         stale: gradients of a mini-batch are all taken at its start (False: each at the weights that
             the tokens before have left, a control).
+        bias: `trained`, summands of the layers, trained like the weights; `fixed` (a control), ones
+            that the inner steps leave alone; empty for none.
+        positions: `total`, a factor of the sum of steps up to a token; controls: `own`, each step
+            times its own token's factor, and `negative`, factors that may be below zero.
+        rope: `batch`, angles by the place in the mini-batch; controls: `sequence`, by that in the
+            sequence, and `halves`, channel i turned with i + D / 2.
+        output_norm: `whole`, LayerNorm over the channels of all heads; `heads` (a control), of
+            each head's.
+        tanh: tanh approximation of GELU.
     """
+
+    def gelu(y: Tensor) -> Tensor:
+        if tanh:
+            return 0.5 * y * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
+        return 0.5 * y * (1 + torch.erf(y / math.sqrt(2)))
+
+    def turned(x: Tensor, t: int) -> Tensor:
+        place = t % batch if batch and rope != "sequence" else t
+        pairs = len(x) // 2
+        out = list(x)
+        for i in range(pairs if rope else 0):
+            one, two = (i, i + pairs) if rope == "halves" else (2 * i, 2 * i + 1)
+            angle = place / 10000 ** (2 * i / len(x))
+            out[one] = x[one] * math.cos(angle) - x[two] * math.sin(angle)
+            out[two] = x[two] * math.cos(angle) + x[one] * math.sin(angle)
+        return torch.stack(out)
 
     def formula(at: Inputs) -> Tensor:
         def head(n: int, m: int) -> Tensor:
-            q, k, v = at.q[n, m] * at.scale * math.sqrt(at.q.shape[3]), at.k[n, m], at.v[n, m]
+            tokens, width = at.q.shape[2:]
+            q = [turned(at.q[n, m, t] * at.scale * math.sqrt(width), t) for t in range(tokens)]
+            k, v = [turned(at.k[n, m, t], t) for t in range(tokens)], at.v[n, m]
+            ends = ["1", "2"] if mlp else [""]
+            fixed = [at.params[f"bias{end}"][m] for end in ends] if bias else []
 
             def model(x: Tensor, w: Weights) -> Tensor:
-                y = x @ w[0]
+                b = w[len(ends) :] if bias == "trained" else fixed
+                y = x @ w[0] + b[0] if b else x @ w[0]
                 if mlp:
-                    y = (0.5 * y * (1 + torch.erf(y / math.sqrt(2)))) @ w[1]
+                    y = gelu(y) @ w[1] + b[1] if b else gelu(y) @ w[1]
                 if not norm:
                     return y
                 middle = y.sum() / len(y)
@@ -69,29 +104,63 @@ def ttt(
                     rate = rate / (1 + torch.exp(-theta - at.params["rate_bias"][m]))
                 return [rate * g for g in torch.autograd.grad(loss, w, create_graph=True)]
 
-            names = ["weight1", "weight2"] if mlp else ["weight"]
-            start: Weights = [at.params[name][m] for name in names]
+            def factor(i: int) -> float | Tensor:
+                usual = 1 / i if mean else 1.0
+                if not positions:
+                    return usual
+                moved = usual + at.params["offset"][i - 1]
+                return moved if moved > 0 or positions == "negative" else 0 * moved
+
+            start: Weights = [at.params[f"weight{end}"][m] for end in ends]
+            start = start + (fixed if bias == "trained" else [])
             after: list[Weights] = []  # weights that each token leaves behind
             w = start
-            for t in range(len(q)):
-                if t % (batch or len(q)) == 0:
+            for t in range(tokens):
+                if t % (batch or tokens) == 0:
                     start, total, count = w, [torch.zeros_like(x) for x in w], 0
                 moves = step(t, start if stale else w)
-                total = [a + b for a, b in zip(total, moves, strict=True)]
                 count += 1
-                w = [a - b / (count if mean else 1) for a, b in zip(start, total, strict=True)]
+                by = factor(count)
+                if positions == "own":
+                    moves, by = [by * move for move in moves], 1.0
+                total = [a + b for a, b in zip(total, moves, strict=True)]
+                w = [a - by * b for a, b in zip(start, total, strict=True)]
                 after.append(w)
-            return torch.stack([model(q[t], after[t if causal else -1]) for t in range(len(q))])
+            return torch.stack([model(q[t], after[t if causal else -1]) for t in range(tokens)])
 
-        size = at.q.shape[:2]
-        return torch.stack(
-            [torch.stack([head(n, m) for m in range(size[1])]) for n in range(size[0])]
-        )
+        def normed(rows: list[Tensor]) -> list[Tensor]:
+            """One token's outputs, head by head."""
+            width = len(rows[0])
+            numbers = torch.cat(rows)
+            middles, spreads = [], []
+            for h in range(len(rows)):
+                group = rows[h] if output_norm == "heads" else numbers
+                middle = group.sum() / len(group)
+                middles.append(middle)
+                spreads.append(((group - middle) ** 2).sum() / len(group))
+            out = []
+            for c in range(len(numbers)):
+                unit = (numbers[c] - middles[c // width]) / torch.sqrt(spreads[c // width] + 1e-6)
+                out.append(unit * at.params["output_weight"][c] + at.params["output_bias"][c])
+            return [torch.stack(out[h * width : (h + 1) * width]) for h in range(len(rows))]
+
+        batches = []
+        for n in range(at.q.shape[0]):
+            out = [head(n, m) for m in range(at.q.shape[1])]
+            if output_norm:
+                tokens = [normed([x[t] for x in out]) for t in range(at.q.shape[2])]
+                out = [torch.stack([rows[m] for rows in tokens]) for m in range(at.q.shape[1])]
+            batches.append(torch.stack(out))
+        return torch.stack(batches)
 
     return formula
 
 
 SMALL = TokenLayout(1, (2, 3), 2)
+OTHER = TokenLayout(1, (2, 2), 2)
+#: what the released code has besides the paper, all at once
+RELEASED = "bias=true,positions=true,rope=true,output_norm=true"
+EXTRA = {"bias": "trained", "positions": "total", "rope": "batch", "output_norm": "whole"}
 CASES = [
     Case("ttt(batch=4)", ttt(4), SMALL),
     Case("ttt", ttt(), PLAIN),
@@ -124,6 +193,58 @@ CASES = [
         SMALL,
         scale=0.7,
     ),
+    Case("ttt(batch=4,bias=true)", ttt(4, bias="trained"), SMALL),
+    Case("ttt(batch=4,bias=true,order=causal)", ttt(4, causal=True, bias="trained"), SMALL),
+    Case("ttt(batch=0,bias=true,norm=false)", ttt(0, norm=False, bias="trained"), BARE, 7),
+    Case(
+        "ttt(batch=0,bias=true,inner=mlp,ratio=2)", ttt(0, mlp=True, bias="trained"), SMALL, scale=1
+    ),
+    Case(
+        "ttt(batch=3,bias=true,inner=mlp,order=causal,step=sum,eta=0.02)",
+        ttt(3, mlp=True, causal=True, eta=0.02, mean=False, bias="trained"),
+        SMALL,
+    ),
+    Case("ttt(batch=4,positions=true)", ttt(4, positions="total"), SMALL),
+    Case(
+        "ttt(batch=4,positions=true,order=causal)",
+        ttt(4, causal=True, positions="total"),
+        SMALL,
+        built=OTHER,
+    ),
+    Case("ttt(positions=true)", ttt(positions="total"), SMALL, built=OTHER),
+    Case(
+        "ttt(batch=5,positions=true,step=sum,eta=0.02,order=causal)",
+        ttt(5, causal=True, eta=0.02, mean=False, positions="total"),
+        DEEP,
+    ),
+    Case(
+        "ttt(batch=4,positions=true,inner=mlp,rate=constant)",
+        ttt(4, mlp=True, learned=False, positions="total"),
+        SMALL,
+        built=OTHER,
+    ),
+    Case("ttt(batch=4,rope=true)", ttt(4, rope="batch"), SMALL),
+    Case("ttt(batch=4,rope=true,order=causal)", ttt(4, causal=True, rope="batch"), SMALL, 7),
+    Case("ttt(batch=0,rope=true,norm=false)", ttt(0, norm=False, rope="batch"), SMALL, built=OTHER),
+    Case("ttt(batch=4,output_norm=true)", ttt(4, output_norm="whole"), SMALL),
+    Case(
+        "ttt(batch=0,output_norm=true,norm=false,rate=constant)",
+        ttt(0, norm=False, learned=False, output_norm="whole"),
+        BARE,
+    ),
+    Case("ttt(inner=mlp,batch=4,gelu=tanh)", ttt(4, mlp=True, tanh=True), SMALL),
+    Case(f"ttt(batch=4,order=causal,{RELEASED})", ttt(4, causal=True, **EXTRA), SMALL, built=OTHER),
+    Case(
+        f"ttt(batch=4,inner=mlp,order=causal,gelu=tanh,{RELEASED})",
+        ttt(4, mlp=True, causal=True, tanh=True, **EXTRA),
+        SMALL,
+    ),
+    Case(
+        f"ttt(batch=4,inner=mlp,ratio=1,gelu=tanh,{RELEASED})",
+        ttt(4, mlp=True, tanh=True, **EXTRA),
+        SMALL,
+        built=OTHER,
+    ),
 ]
 
 #: a mechanism beside a formula that differs from its own in one detail
@@ -136,4 +257,26 @@ NEAR_MISSES = {
     "read in order": Case("ttt(batch=4)", ttt(4, causal=True), SMALL),
     "no residual": Case("ttt(batch=4)", ttt(4, residual=False), SMALL),
     "the same rate for all tokens": Case("ttt(batch=4)", ttt(4, eta=0.5, learned=False), SMALL),
+    "biases that do not learn": Case("ttt(batch=4,bias=true)", ttt(4, bias="fixed"), SMALL),
+    "no biases": Case("ttt(batch=4,bias=true)", ttt(4), SMALL),
+    "each step by its own position": Case(
+        "ttt(batch=4,positions=true,order=causal)", ttt(4, causal=True, positions="own"), SMALL
+    ),
+    "the whole step by each position": Case(
+        "ttt(batch=4,positions=true)", ttt(4, positions="own"), SMALL
+    ),
+    "negative factors": Case(
+        "ttt(batch=9,positions=true,order=causal)",
+        ttt(9, causal=True, positions="negative"),
+        SMALL,
+    ),
+    "positions without factors": Case("ttt(batch=4,positions=true)", ttt(4), SMALL),
+    "turned by the place in the sequence": Case(
+        "ttt(batch=4,rope=true)", ttt(4, rope="sequence"), SMALL
+    ),
+    "turned in halves": Case("ttt(batch=4,rope=true)", ttt(4, rope="halves"), SMALL),
+    "a norm of each head": Case(
+        "ttt(batch=4,output_norm=true)", ttt(4, output_norm="heads"), SMALL
+    ),
+    "the other GELU": Case("ttt(inner=mlp,batch=4,gelu=tanh)", ttt(4, mlp=True), SMALL),
 }

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mitaswap.errors import MitaswapError
 from mitaswap.mechanisms._card import Cost, SiteShape
 from mitaswap.mechanisms._wrapper import WRAPPERS, Wrapper
 from mitaswap.operators.counting import depthwise_flops
+from mitaswap.operators.depthwise import convolved
 from mitaswap.operators.precision import outside_autocast, working
 from mitaswap.tokens import TokenLayout
 
@@ -24,9 +24,12 @@ class DwcOptions:
     Args:
         kernel: side of the kernel, odd: 3 as in MiTA, Agent and InLine attention; FLatten,
             PolaFormer and BiFormer take 5.
+        share: one kernel for each channel of a head, which all heads share, as in the released code
+            of FLatten and PolaFormer; false: one for each channel of every head, the paper's.
     """
 
     kernel: int = 3
+    share: bool = False
 
 
 @WRAPPERS.register("dwc")
@@ -38,13 +41,14 @@ class Dwc(Wrapper):
 
     Parameters:
         weight [H * Dv, 1, kernel, kernel], bias [H * Dv]: channels head by head; they start at
-            zero, so that a fresh module changes nothing.
+            zero, so that a fresh module changes nothing. With `share` [Dv, 1, kernel, kernel] and
+            [Dv].
     """
 
     options_type = DwcOptions
     options: DwcOptions
     summary = "adds a depth-wise convolution of V over the patch grid; starts at zero"
-    samples = ({}, {"kernel": 5})
+    samples = ({}, {"kernel": 5}, {"share": True})
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
@@ -60,9 +64,12 @@ class Dwc(Wrapper):
             )
 
     def build(self, site: SiteShape) -> None:
-        channels, kernel = site.heads * site.value_dim, self.options.kernel
+        channels, kernel = self._kernels(site), self.options.kernel
         self.weight = nn.Parameter(torch.zeros(channels, 1, kernel, kernel))
         self.bias = nn.Parameter(torch.zeros(channels))
+
+    def _kernels(self, site: SiteShape) -> int:
+        return site.value_dim * (1 if self.options.share else site.heads)
 
     @outside_autocast
     def around(
@@ -76,17 +83,10 @@ class Dwc(Wrapper):
         scale: float,
         **extra: Any,
     ) -> Tensor:
-        (values,) = working(v[:, :, layout.patch_slice])
-        batch, heads, _, dim = values.shape
-        image = values.transpose(2, 3).reshape(batch, heads * dim, *layout.grid)
-        weight, bias = self.weight.to(image.dtype), self.bias.to(image.dtype)
-        margin = self.options.kernel // 2
-        image = F.conv2d(image, weight, bias, padding=margin, groups=heads * dim)
-        added = image.view(batch, heads, dim, layout.patches).transpose(2, 3)
-        added = F.pad(added, (0, 0, layout.prefix, layout.suffix))
-        return (out + added).to(out.dtype)
+        (values,) = working(v)
+        return (out + convolved(values, self.weight, self.bias, layout)).to(out.dtype)
 
     def extra_cost(self, site: SiteShape) -> Cost:
         channels, kernel = site.heads * site.value_dim, self.options.kernel
         flops = depthwise_flops(site.layout.patches, channels, kernel)
-        return Cost(flops, channels * (kernel * kernel + 1))
+        return Cost(flops, self._kernels(site) * (kernel * kernel + 1))
