@@ -13,7 +13,7 @@ from mitaswap.cli._app import app, out
 @app.command()
 def report(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="Run directories of `mitaswap eval`.")
+        list[Path], typer.Argument(metavar="RUN...", help="Run directories of `eval` or `bench`.")
     ],
     output: Annotated[
         Optional[Path],
