@@ -432,10 +432,11 @@ def test_ctrl_c_while_models_are_opened(
 
 
 SIGNAL = """
-import os, sys
+import os, signal, sys
 from mitaswap import evaluation
 from mitaswap.cli import main
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored if a script runs the tests by &
 seen, real = [], evaluation.Network.logits
 
 def logits(network, x):  # in the middle of the images of the fourth cell
