@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from attention_laws import LAYOUT, LAYOUTS, SPECS, accepted, attend, draw, each, innermost, same
+from formulas.mhla import started
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -73,6 +74,21 @@ BAD_SIZES = [
     Bad(
         "sparsifiner(k=4,n=6,coefficients=2,threshold=-0.5)",
         "threshold=-0.5 must be 0 or more; use threshold=0",
+    ),
+    Bad(
+        "sparsifiner(k=4,n=6,coefficients=2,coefficient_threshold=-0.5)",
+        "coefficient_threshold=-0.5 must be 0 or more; use coefficient_threshold=0",
+    ),
+    Bad(
+        "sparsifiner(k=17,n=6,coefficients=2,special=inside)",
+        f"k=17 must be between 1 and the 16 tokens, and no fewer than the special ones, which it "
+        f"counts {AT}; use k=16",
+    ),
+    Bad(
+        "sparsifiner(k=2,n=6,coefficients=2,special=inside)",
+        "k=2 must be between 3 and the 18 tokens, and no fewer than the special ones, which it "
+        "counts (tokens 1 + 3x5 + 2); use k=3",
+        TokenLayout(1, (3, 5), suffix=2),
     ),
     *(
         Bad(f"{name}(eps=-1.0)", "eps=-1.0 must be 0 or more; use eps=0")
@@ -160,6 +176,31 @@ def test_biased_agents_keep_their_windows() -> None:
     )
 
 
+def test_special_tokens_inside_the_tables_keep_their_number() -> None:
+    part = mechanism("sparsifiner(n=6,k=6,coefficients=4,special=inside)")
+    part.attach(SiteShape(3, 8, TokenLayout(1, (4, 7))))
+    part.check(TokenLayout(1, (3, 5)), 8)
+    with pytest.raises(MitaswapError) as error:
+        part.check(TokenLayout(1, (3, 5), suffix=1), 8)
+    assert str(error.value) == (
+        f"{part.spec} was built for 1 special tokens, which special=inside makes part of its "
+        "tables, not for 2 (tokens 1 + 3x5 + 1); use special=apart"
+    )
+
+
+STARTS = ("paper", "released", "linear", "exp", "gaussian", "local", "uniform")
+
+
+@pytest.mark.parametrize("pool", [(2, 3), (3, 3), (1, 4)])
+@pytest.mark.parametrize("start", STARTS)
+def test_starts_of_mhla(start: str, pool: tuple[int, int]) -> None:
+    part = mechanism(f"mhla(m={pool[0] * pool[1]},pool={pool[0]}x{pool[1]},start={start})")
+    part.attach(SiteShape(3, 8, LAYOUT))
+    mixing = part.get_parameter("mixing").detach()
+    gaps = {kind: float((mixing - started(kind, pool)).abs().max()) for kind in STARTS}
+    assert [kind for kind, gap in gaps.items() if gap < 1e-6] == [start]
+
+
 @pytest.mark.parametrize(("groups", "near"), [(5, 6), (4, 3), (9, 6)])
 def test_groups_that_do_not_divide_the_heads(groups: int, near: int) -> None:
     with pytest.raises(MitaswapError) as error:
@@ -212,6 +253,16 @@ def test_a_wrapper_alone(given: str) -> None:
             "sparsifiner(mask_scale=head)",
             "unknown value of mask_scale in 'sparsifiner(mask_scale=head)': 'head'. Did you mean "
             "'heads'? Allowed: heads, site.",
+        ),
+        (
+            "sparsifiner(special=insid)",
+            "unknown value of special in 'sparsifiner(special=insid)': 'insid'. Did you mean "
+            "'inside'? Allowed: apart, inside.",
+        ),
+        (
+            "mhla(start=expo)",
+            "unknown value of start in 'mhla(start=expo)': 'expo'. Did you mean 'exp'? Allowed: "
+            "exp, gaussian, linear, local, paper, released, uniform.",
         ),
         ("linear+dwc(share=2)", "share=2 in 'dwc(share=2)' must be of type bool"),
         (

@@ -35,6 +35,9 @@ class MhlaOptions(Options):
         start: coefficients before training. `paper`: falling linearly with the distance of two
             blocks, zero for the farthest; `released`: the default of the authors' code, falling
             like a cosine to 0.7 of the nearest; `uniform`: all the same, as in linear attention.
+            The authors' other choices, for distances r in blocks and their largest, R: `linear`,
+            1 - r / R; `exp`, e^(-r / 3); `gaussian`, e^(-9 r^2 / 2 R^2); `local`, the same for r <=
+            1.5 (a block and the eight around it), zero beyond.
         normaliser: `paper`: that of Eq. 4, each query's own; `released`: the authors' code mixes
             those of all blocks.
         eps: added to the normaliser of the sum of all summaries, so eps / m to that of their mean;
@@ -44,7 +47,7 @@ class MhlaOptions(Options):
     m: int = 16
     pool: str = "auto"
     feature: Literal["relu", "elu"] = "relu"
-    start: Literal["paper", "released", "uniform"] = "paper"
+    start: Literal["paper", "released", "linear", "exp", "gaussian", "local", "uniform"] = "paper"
     normaliser: Literal["paper", "released"] = "paper"
     eps: float = 1e-6
 
@@ -68,8 +71,11 @@ class Mhla(Mechanism):
     mhla(start=released,normaliser=released)+dwc(kernel=5).
 
     Parameters:
-        mixing: [m, m], row i the coefficients of query block i; starts as `start` says. On a grid
-            whose blocks form another A x B it is resized bilinearly, in each of the four axes.
+        mixing: [m, m], row i the coefficients of query block i; starts as `start` says. Its rows
+            sum to one there, or its columns, as in the authors' code; `gaussian` is no such sum
+            there, and here divided by one number that makes the mean 1 / m (which up to eps changes
+            nothing but the part of special tokens). On a grid whose blocks form another A x B it is
+            resized bilinearly, in each of the four axes.
     """
 
     options_type = MhlaOptions
@@ -94,6 +100,11 @@ class Mhla(Mechanism):
         {"m": 6, "pool": "2x3", "start": "released"},
         {"m": 8, "start": "uniform"},
         {"m": 9, "start": "released", "normaliser": "released"},
+        {"m": 9, "start": "linear"},
+        {"m": 6, "start": "exp", "feature": "elu"},
+        {"m": 6, "start": "gaussian", "normaliser": "released"},
+        {"m": 9, "start": "local"},
+        {"m": 4, "pool": "2x2", "start": "local"},
     )
     needs = frozenset({"grid"})
     axes = (("N", "m"),)
@@ -112,7 +123,9 @@ class Mhla(Mechanism):
 
     @property
     def _uniform(self) -> bool:
-        return self.options.start == "uniform" or self.options.m == 1
+        o = self.options  # a block and the eight around it are all blocks of 2 x 2
+        near = o.start == "local" and (o.m == 2 or o.pool == "2x2")
+        return o.start == "uniform" or o.m == 1 or near
 
     def check(self, layout: TokenLayout, head_dim: int) -> None:
         o, patches = self.options, layout.patches
@@ -128,14 +141,26 @@ class Mhla(Mechanism):
         shape = self._shape(site.layout)
         place = torch.cartesian_prod(*(torch.arange(float(side)) for side in shape))
         distance = torch.linalg.vector_norm(place[:, None] - place, dim=-1)
+        start, far = self.options.start, distance.max()
         if self._uniform:
             mixing = torch.ones_like(distance)
-        elif self.options.start == "released":
-            mixing = torch.cos(distance / distance.max() * (math.pi / 4))
+        elif start == "released":
+            mixing = torch.cos(distance / far * (math.pi / 4))
+        elif start == "linear":
+            mixing = 1.0 - distance / far
+        elif start == "exp":
+            mixing = torch.exp(-distance / 3)
+        elif start == "gaussian":
+            mixing = torch.exp(-4.5 * (distance / far).square())
+        elif start == "local":
+            mixing = (distance <= 1.5).float()
         else:
             mixing = 1.0 - distance / distance.amax(dim=1, keepdim=True)
-        over = 0 if self.options.start == "released" else 1  # its code normalises columns
-        self.mixing = nn.Parameter(mixing / mixing.sum(dim=over, keepdim=True))
+        if start == "gaussian":
+            total = mixing.mean() * len(mixing)
+        else:  # the authors' code normalises columns
+            total = mixing.sum(dim=int(start == "paper"), keepdim=True)
+        self.mixing = nn.Parameter(mixing / total)
 
     def cost(self, site: SiteShape) -> Cost:
         n, d, columns = site.layout.tokens, site.head_dim, site.value_dim + 1

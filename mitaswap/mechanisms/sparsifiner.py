@@ -11,18 +11,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mitaswap.errors import MitaswapError
 from mitaswap.mechanisms._base import MECHANISMS, Mechanism, Options
 from mitaswap.mechanisms._card import Card, Cost, Routing, SiteShape
-from mitaswap.operators.chosen import attend_chosen, chunks, keep_top, own_choice
+from mitaswap.operators.chosen import attend_chosen, chunks, keep_top, own_choice, sparse
 from mitaswap.operators.counting import attend_flops, product_flops
-from mitaswap.operators.experts import Branch
+from mitaswap.operators.experts import Branch, attend
 from mitaswap.operators.orthogonal import orthogonal
 from mitaswap.operators.pool import pool_shape
 from mitaswap.operators.precision import outside_autocast, working
 from mitaswap.operators.ranges import at_least, in_range
-from mitaswap.operators.routed import special_flops, with_special
+from mitaswap.operators.routed import join_special, members_of_each, special_flops, with_special
 from mitaswap.operators.select import top_indices
 from mitaswap.operators.special import join, split
+from mitaswap.operators.tables import down_and_up, on_grid
 from mitaswap.spec import Value
 from mitaswap.tokens import TokenLayout
 
@@ -42,9 +44,15 @@ class SparsifinerOptions(Options):
             they are, the released code's are half as wide.
         threshold: entries of the basis that are no larger count as zero (0.02 in the released
             code).
+        coefficient_threshold: coefficients that are no larger count as zero, too; the released code
+            can have this alone (coefficients equal to n).
         mask_scale: factor of the logits of the coefficients, which decide the mask. `site`: the
             site's own, 1 / sqrt(d) (the paper). `heads`: H^-0.5 for H heads, as in the released
             code. The attention over the mask keeps the site's.
+        tied: W_up is W_down, as the released code can have it.
+        magnitude: |W_up| is the basis, as in the released code wherever the mask is in use.
+        special: `apart`: special tokens are read besides the k patches. `inside`: they have a place
+            in W_down and W_up, as the released code's class token, and k counts them.
     """
 
     k: int = 49
@@ -53,7 +61,11 @@ class SparsifinerOptions(Options):
     coefficients: int = 8
     channels: int = 0
     threshold: float = 0.0
+    coefficient_threshold: float = 0.0
     mask_scale: Literal["site", "heads"] = "site"
+    tied: bool = False
+    magnitude: bool = False
+    special: Literal["apart", "inside"] = "apart"
 
 
 @MECHANISMS.register("sparsifiner")
@@ -64,17 +76,21 @@ class Sparsifiner(Mechanism):
     row and sets the others to zero. W_down [n, patches] and the basis W_up [n, patches] are learned
     and shared by the heads.
 
-    Special tokens are no part of the prediction: every query reads them, and as queries they read
-    all keys (as the class token does in the released code).
+    Special tokens are no part of the prediction, unless special=inside: every query reads them. As
+    queries they read all keys (as the class token does in the released code).
 
     The paper trains the prediction to reconstruct the attention map. Here A, computed from queries
     and keys that are cut from the graph, gets the gradient that it would have as a term of the
     logits.
 
-    Parameters, for a grid of P patches:
+    Parameters, for a grid of P patches and S special tokens:
         down [n, P]: averages over the windows. up [n, P]: how near each patch is to each window, a
             Gaussian of half a window's width, summing to one over windows. At another grid both are
-            resized bilinearly, as n images; down keeps the sums of its rows.
+            resized bilinearly, as n images; as W_down it keeps the sums of its rows.
+        down_special [n, S]: 0. up_special [n, S]: 1, so that special tokens come first. Both only
+            with special=inside; S is the same at every grid.
+        With tied=true there are no `up` and `up_special`: those starts, with rows divided by their
+            sums, are `down` and `down_special`.
         channel_q, channel_k [c, D]: the same random matrix with orthonormal rows (or columns, if c
             > D); channel_q_bias, channel_k_bias [c]: 0. Only with c = channels > 0.
     """
@@ -94,6 +110,7 @@ class Sparsifiner(Mechanism):
     limits = (
         ("sparsifiner(k={patches})", "standard"),
         ("sparsifiner(k={patches},mask_scale=heads)", "standard"),
+        ("sparsifiner(k={tokens},special=inside,tied=true)", "standard"),
     )
     samples = (
         {"k": 14, "n": 9, "coefficients": 9},
@@ -101,6 +118,10 @@ class Sparsifiner(Mechanism):
         {"k": 11, "n": 6, "coefficients": 3, "threshold": 0.02},
         {"k": 12, "n": 9, "coefficients": 9, "mask_scale": "heads"},
         {"k": 10, "n": 9, "coefficients": 1, "mask_scale": "heads"},
+        {"k": 11, "n": 6, "coefficients": 6, "coefficient_threshold": 0.17},
+        {"k": 13, "n": 9, "coefficients": 9, "tied": True, "magnitude": True},
+        {"k": 14, "n": 6, "coefficients": 6, "channels": 4, "special": "inside"},
+        {"k": 12, "n": 9, "coefficients": 9, "special": "inside", "tied": True},
     )
     needs = frozenset({"grid"})
     axes = (("K", "k"),)
@@ -108,29 +129,42 @@ class Sparsifiner(Mechanism):
     @property
     def traits(self) -> frozenset[str]:  # type: ignore[override]
         o = self.options
-        held = {"linear", "averages", "convex", "scaled", "special-set", "routed-softmax"}
+        held = {"linear", "averages", "convex", "scaled", "routed-softmax", "every-pair"}
+        # inside, a threshold can make their scores those of patches, and so does a single window
+        if o.special == "apart" or (o.threshold == 0 and o.n > 1):
+            held |= {"special-set"}
         # the other factor depends on the number of heads; it does not change a single entry's order
-        held |= {"heads"} if o.mask_scale == "site" or o.coefficients == 1 else set()
+        if o.mask_scale == "site" or (o.coefficients == 1 and o.coefficient_threshold == 0):
+            held |= {"heads"}
         # patches on either side of a window's centre tie where only that window's coefficient is
         # kept, and of equals the first are read
-        if o.coefficients == o.n and o.threshold == 0:
+        if o.coefficients == o.n and o.threshold == o.coefficient_threshold == 0:
             held |= {"mirror"}
-        return frozenset(held | {"every-pair"})
+        return frozenset(held)
 
     @property
     def routes(self) -> bool:
         return True
 
     def check(self, layout: TokenLayout, head_dim: int) -> None:
-        o = self.options
-        for name, value, most, of in (
-            ("k", o.k, layout.patches, "patches"),
-            ("n", o.n, layout.patches, "patches"),
-            ("coefficients", o.coefficients, o.n, "of the basis (n)"),
-        ):
-            in_range(self, name, value, 1, most, f"{of} (tokens {layout})")
-        at_least(self, "channels", o.channels, 0)
-        at_least(self, "threshold", o.threshold, 0)
+        o, special = self.options, layout.tokens - layout.patches
+        inside = o.special == "inside"
+        if inside:
+            of = f"tokens, and no fewer than the special ones, which it counts (tokens {layout})"
+            in_range(self, "k", o.k, max(1, special), layout.tokens, of)
+        else:
+            in_range(self, "k", o.k, 1, layout.patches, f"patches (tokens {layout})")
+        in_range(self, "n", o.n, 1, layout.patches, f"patches (tokens {layout})")
+        of = f"of the basis (n) (tokens {layout})"
+        in_range(self, "coefficients", o.coefficients, 1, o.n, of)
+        for name in ("channels", "threshold", "coefficient_threshold"):
+            at_least(self, name, getattr(o, name), 0)
+        built = self.site.layout if self.site else layout
+        if inside and special != (held := built.tokens - built.patches):
+            raise MitaswapError(
+                f"{self.spec} was built for {held} special tokens, which special=inside makes part "
+                f"of its tables, not for {special} (tokens {layout}); use special=apart"
+            )
         pool_shape(o.n, layout.grid, o.pool, asker=self, what="windows")
 
     @classmethod
@@ -145,78 +179,83 @@ class Sparsifiner(Mechanism):
 
     def build(self, site: SiteShape) -> None:
         o, layout = self.options, site.layout
+        special = layout.tokens - layout.patches if o.special == "inside" else 0
         shape = pool_shape(o.n, layout.grid, o.pool)
-        each = torch.eye(layout.patches, device="cpu").unflatten(1, (1, *layout.grid))
-        self.down = nn.Parameter(F.adaptive_avg_pool2d(each, shape).flatten(1).T.contiguous())
-        rows, columns = (_nearness(*side) for side in zip(layout.grid, shape, strict=True))
-        up = rows[:, None, :, None] * columns[None, :, None, :]
-        self.up = nn.Parameter(up.reshape(o.n, layout.patches).float())
+        for name, table in down_and_up(layout.grid, shape, special, o.tied).items():
+            self.register_parameter(name, nn.Parameter(table))
         if o.channels:
             generator = torch.Generator("cpu").manual_seed(0)
             start = orthogonal(o.channels, site.head_dim, generator)
-            self.channel_q = nn.Parameter(start)
-            self.channel_k = nn.Parameter(start.clone())
-            self.channel_q_bias = nn.Parameter(torch.zeros(o.channels))
-            self.channel_k_bias = nn.Parameter(torch.zeros(o.channels))
+            for part, table in (("", start), ("_bias", torch.zeros(o.channels))):
+                for name in ("channel_q", "channel_k"):
+                    self.register_parameter(f"{name}{part}", nn.Parameter(table.clone()))
 
     def cost(self, site: SiteShape) -> Cost:
         o, layout, d, dv = self.options, site.layout, site.head_dim, site.value_dim
         patches, c = layout.patches, o.channels or d
-        flops = product_flops(o.n, patches, c) + product_flops(patches, c, o.n)
-        flops += product_flops(patches, o.coefficients, patches) + attend_flops(patches, o.k, d, dv)
+        keys = layout.tokens if o.special == "inside" else patches
+        flops = product_flops(o.n, keys, c) + product_flops(patches, c, o.n)
+        flops += product_flops(patches, o.coefficients, keys) + attend_flops(patches, o.k, d, dv)
         if o.channels:
-            flops += 2 * product_flops(patches, d, c)
+            flops += product_flops(patches + keys, d, c)
+        if o.special == "inside":
+            flops += attend_flops(layout.tokens - patches, layout.tokens, d, dv)
+        else:
+            flops += special_flops(layout, d, dv)
         # the reference makes whole rows of coefficients and of scores
-        padding = product_flops(patches, o.n - o.coefficients, patches)
-        padding += attend_flops(patches, patches - o.k, d, dv)
-        return self._cost(site, flops + special_flops(layout, d, dv), o.n * c, padding)
-
-    def _resized(self, table: Tensor, layout: TokenLayout, dtype: torch.dtype) -> Tensor:
-        """A table [n, patches] of the grid at build as one of the grid of `layout`."""
-        assert self.site is not None
-        grid, table = self.site.layout.grid, table.to(dtype)
-        if layout.grid == grid:
-            return table
-        images = table.unflatten(1, (1, *grid))
-        images = F.interpolate(images, layout.grid, mode="bilinear", align_corners=False)
-        return images.flatten(1)
+        padding = product_flops(patches, o.n - o.coefficients, keys)
+        padding += attend_flops(patches, keys - o.k, d, dv)
+        return self._cost(site, flops, o.n * c, padding)
 
     def _coefficients(self, q: Tensor, k: Tensor, layout: TokenLayout, scale: float) -> Tensor:
         """Kept coefficients of the patches' predicted attention, [B, H, patches, n]."""
-        assert self.site is not None
-        o, dtype = self.options, q.dtype
-        q, k = (split(x, layout)[0].detach() for x in (q, k))
+        o = self.options
+        q = split(q, layout)[0].detach()
+        k = (k if o.special == "inside" else split(k, layout)[0]).detach()
         if o.channels:
-            q = F.linear(q, self.channel_q.to(dtype), self.channel_q_bias.to(dtype))
-            k = F.linear(k, self.channel_k.to(dtype), self.channel_k_bias.to(dtype))
-        down = self._resized(self.down, layout, dtype)
-        down = down * (self.site.layout.patches / layout.patches)
+            q, k = self._projected(q, "channel_q"), self._projected(k, "channel_k")
         factor = scale if o.mask_scale == "site" else q.shape[1] ** -0.5
-        logits = (q * factor) @ (down @ k).transpose(-1, -2)
-        weights = logits.softmax(dim=-1)
-        if o.coefficients == o.n:
-            return weights
-        kept = top_indices(weights, o.coefficients)
-        return weights * torch.zeros_like(weights).scatter(-1, kept, 1.0)
+        logits = (q * factor) @ (self._table("down", layout, q.dtype) @ k).transpose(-1, -2)
+        return sparse(logits.softmax(dim=-1), o.coefficients, o.coefficient_threshold)
+
+    def _projected(self, x: Tensor, name: str) -> Tensor:
+        weight, bias = self.get_parameter(name), self.get_parameter(f"{name}_bias")
+        return F.linear(x, weight.to(x.dtype), bias.to(x.dtype))
+
+    def _table(self, name: str, layout: TokenLayout, dtype: torch.dtype) -> Tensor:
+        """W_down or W_up, `name`, at the grid of `layout`: [n, patches], or [n, N] if special
+        tokens are inside.
+        """
+        assert self.site is not None
+        held, built = "down" if self.options.tied else name, self.site.layout
+        table = on_grid(self.get_parameter(held).to(dtype), built.grid, layout.grid)
+        if name == "down":
+            table = table * (built.patches / layout.patches)
+        if self.options.special == "apart" or layout.tokens == layout.patches:
+            return table
+        special = self.get_parameter(f"{held}_special").to(dtype)
+        return join(table.T, special.T, layout).T
 
     def _basis(self, layout: TokenLayout, dtype: torch.dtype) -> Tensor:
-        basis = self._resized(self.up, layout, dtype)
-        if self.options.threshold > 0:
-            basis = basis * (basis.detach().abs() > self.options.threshold)
-        return basis
+        basis = self._table("up", layout, dtype)
+        basis = basis.abs() if self.options.magnitude else basis
+        return sparse(basis, basis.shape[-1], self.options.threshold)
 
     def branch(
         self, q: Tensor, k: Tensor, v: Tensor, *, layout: TokenLayout, scale: float, **extra: Any
     ) -> Branch:
         coefficients = self._coefficients(q, k, layout, scale)
-        basis = self._basis(layout, q.dtype)
+        basis, inside = self._basis(layout, q.dtype), self.options.special == "inside"
 
         def choose(rows: slice, logits: Tensor) -> Tensor:
             return keep_top(logits, coefficients[:, :, rows] @ basis, self.options.k)
 
-        queries, keys, values = (split(x, layout)[0] for x in (q, k, v))
+        queries, special = split(q, layout)
+        keys, values = (k, v) if inside else (split(x, layout)[0] for x in (k, v))
         branch = attend_chosen(queries, keys, values, scale, choose)
-        return with_special(q, k, v, [branch], layout, scale)
+        if not inside:
+            return with_special(q, k, v, [branch], layout, scale)
+        return join_special(branch, attend(special, k, v, scale), layout)
 
     @outside_autocast
     def route(self, q: Tensor, k: Tensor, *, layout: TokenLayout, scale: float) -> Routing | None:
@@ -226,23 +265,6 @@ class Sparsifiner(Mechanism):
         coefficients = self._coefficients(q, k, layout, scale)
         basis = self._basis(layout, q.dtype)
         scores = (coefficients[:, :, rows] @ basis for rows in chunks(layout.patches))
-        kept = torch.cat([top_indices(x, self.options.k) for x in scores], dim=2) + layout.prefix
-        # a special query holds all keys; a patch its own and the special ones, then empty slots
-        every = torch.arange(layout.tokens, device=q.device)
-        special = split(every[:, None], layout)[1].flatten()
-        if not special.numel():
-            return Routing(kept, own_choice(kept))
-        of_patches = torch.cat([kept, special.expand(*kept.shape[:3], -1)], dim=-1)
-        of_patches = F.pad(of_patches, (0, layout.tokens - of_patches.shape[-1]), value=-1)
-        of_special = every.expand(*kept.shape[:2], special.numel(), -1)
-        members = join(of_patches, of_special, layout)
+        kept = torch.cat([top_indices(x, self.options.k) for x in scores], dim=2)
+        members = members_of_each(kept, layout, apart=self.options.special == "apart")
         return Routing(members, own_choice(members))
-
-
-def _nearness(length: int, windows: int) -> Tensor:
-    """How near each of `length` positions is to each of the windows that cut a side: [windows,
-    length], summing to one over the windows.
-    """
-    position = (torch.arange(length, device="cpu", dtype=torch.float64) + 0.5) * windows / length
-    distance = position - 0.5 - torch.arange(windows, device="cpu")[:, None]
-    return (-2 * distance.square()).softmax(dim=0)

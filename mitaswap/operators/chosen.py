@@ -65,6 +65,15 @@ def keep_top(logits: Tensor, scores: Tensor, count: int) -> Tensor:
     return logits.masked_fill(dropped, float("-inf"))
 
 
+def sparse(x: Tensor, count: int, threshold: float) -> Tensor:
+    """x [..., N] with zeros where an entry is not among the `count` largest of its row, or no
+    larger than a positive `threshold` in magnitude.
+    """
+    if count < x.shape[-1]:
+        x = x * torch.zeros_like(x).scatter(-1, top_indices(x, count), 1.0)
+    return x * (x.detach().abs() > threshold) if threshold > 0 else x
+
+
 def own_choice(members: Tensor) -> Tensor:
     """Choice [B, H, N, 1] where every query is an expert of its own, holding `members` [B, H, N,
     K].

@@ -34,8 +34,12 @@ def with_special(
         return merge(patches)
     queries, special = split(q, layout)
     seen = attend(queries, split(k, layout)[1], split(v, layout)[1], scale)
-    rows = attend(special, k, v, scale)
-    out, lse = (join(a, b, layout) for a, b in zip(merge([*patches, seen]), rows, strict=True))
+    return join_special(merge([*patches, seen]), attend(special, k, v, scale), layout)
+
+
+def join_special(patches: Branch, special: Branch, layout: TokenLayout) -> Branch:
+    """The branch of all N tokens from those of the patch queries and of the special queries."""
+    out, lse = (join(a, b, layout) for a, b in zip(patches, special, strict=True))
     return out, lse
 
 
@@ -71,3 +75,24 @@ def special_routing(members: Tensor, choice: Tensor, layout: TokenLayout) -> tup
     taken = F.pad(torch.cat([seen, choice], -1), (0, experts - choice.shape[3]), value=-1)
     every = torch.arange(experts + 1, device=choice.device).expand(*outer, count, experts + 1)
     return torch.cat(held, dim=2), join(taken, every, layout)
+
+
+def members_of_each(kept: Tensor, layout: TokenLayout, apart: bool) -> Tensor:
+    """Members [B, H, N, K] where each query is an expert of its own, -1 in empty slots: a special
+    query holds all keys, a patch what it kept.
+
+    Args:
+        kept: keys of the patch queries, int64 [B, H, patches, k]; places among the patches where
+            special tokens are `apart`, among all tokens otherwise.
+        layout: token layout.
+        apart: whether patches hold the special tokens besides.
+    """
+    every = torch.arange(layout.tokens, device=kept.device)
+    special = split(every[:, None], layout)[1].flatten()
+    if apart:
+        seen = special.expand(*kept.shape[:3], -1)
+        kept = torch.cat([kept + layout.prefix, seen], dim=-1)
+    if not special.numel():
+        return kept
+    kept = F.pad(kept, (0, layout.tokens - kept.shape[-1]), value=-1)
+    return join(kept, every.expand(*kept.shape[:2], special.numel(), -1), layout)

@@ -132,6 +132,33 @@ def mhla(
     return formula
 
 
+def started(kind: str, pool: tuple[int, int]) -> Tensor:
+    """Coefficients [m, m] before training."""
+    places = [(i, j) for i in range(pool[0]) for j in range(pool[1])]
+    far = math.dist(places[0], places[-1])
+    rows = []
+    for here in places:
+        row = []
+        for there in places:
+            r = math.dist(here, there)
+            row.append(
+                {
+                    "paper": 1 - r / max(math.dist(here, x) for x in places),
+                    "released": math.cos(math.pi * r / far / 4),
+                    "linear": 1 - r / far,
+                    "exp": math.exp(-r / 3),
+                    "gaussian": math.exp(-(r**2) / (2 * (far / 3) ** 2)),
+                    "local": float(max(abs(here[0] - there[0]), abs(here[1] - there[1])) <= 1),
+                    "uniform": 1.0,
+                }[kind]
+            )
+        rows.append(row)
+    c = torch.tensor(rows)
+    if kind == "gaussian":
+        return c / c.sum() * len(places)
+    return c / (c.sum(1)[:, None] if kind == "paper" else c.sum(0))
+
+
 SMALL = TokenLayout(2, (3, 3), 1)
 CASES = [
     Case("mhla(m=4)", mhla((2, 2)), SMALL),
@@ -140,6 +167,16 @@ CASES = [
     Case("mhla(m=3,pool=3x1,eps=0.5)", mhla((3, 1), eps=0.5), SMALL, 24),
     Case("mhla(m=4,feature=elu)", mhla((2, 2), "elu"), DEEP, scale=0.2),
     Case("mhla(m=8,pool=2x4,start=released)", mhla((2, 4)), TAIL),
+    Case("mhla(m=6,start=linear)", mhla((2, 3)), BOTH),
+    Case("mhla(m=6,start=exp)", mhla((2, 3)), TAIL),
+    Case("mhla(m=6,start=gaussian)", mhla((2, 3)), DEEP),
+    Case("mhla(m=9,start=local)", mhla((3, 3)), SMALL),
+    Case(
+        "mhla(m=6,start=gaussian)",
+        mhla((2, 3), built=(3, 2)),
+        PLAIN,
+        built=TokenLayout(1, (5, 3)),
+    ),
     Case("mhla(m=1)", mhla((1, 1)), SMALL, 72),
     Case("mhla(m=9,start=uniform)", mhla((3, 3)), SMALL),
     Case("mhla(m=4)", mhla((2, 2), built=(2, 2)), SMALL, built=TokenLayout(2, (5, 4), 1)),
