@@ -132,7 +132,7 @@ def test_nor_does_the_whole_network_have_more_guards_for_more_swapped_layers() -
 
 
 @pytest.mark.parametrize(
-    ("spec", "most"), [("gridded", 1), ("agent(n=4)", 1), ("mita(m=4,k=4)", 1), ("gated", 4)]
+    ("spec", "most"), [("gridded", 9), ("agent(n=4)", 1), ("mita(m=4,k=4)", 1), ("gated", 4)]
 )
 def test_the_grid_adds_one_and_learned_parts_add_themselves(spec: str, most: int) -> None:
     with registered(gated=Gated):

@@ -13,10 +13,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from networks import Gated, Sharper, awaken, hf, images, one_thread, registered, run, timm_vit
-from torch import Tensor
+from torch import Tensor, nn
 
 import mitaswap
-from mitaswap.errors import SwapError
+from mitaswap.errors import MitaswapError, SwapError
 from mitaswap.mechanisms import Mechanism, mechanism
 from mitaswap.surgery import swapped_sites
 from mitaswap.surgery.attend import is_stateless
@@ -136,8 +136,99 @@ def test_a_mechanism_that_the_class_knows_cannot_be_replaced_behind_its_back() -
     model = timm_vit().eval()
     attention = model.blocks[0].attn
     with mitaswap.swap(model, "linear"):
-        with pytest.raises(SwapError, match=r"blocks.0.attn is swapped to linear, .* swap again"):
+        with pytest.raises(SwapError, match=r"blocks.0.attn is swapped to linear; .* swap again"):
             attention.mitaswap = mechanism("standard")
         assert str(attention.mitaswap.spec) == "linear"
     with mitaswap.swap(model, "gated"):
         attention.mitaswap = copy.deepcopy(attention.mitaswap)  # as libraries for adapters do
+
+
+def _scaled(asked: Mechanism, out: Tensor) -> Tensor:
+    return out * 2 if asked.training else out
+
+
+class Helped(Mechanism):
+    """Its mode is read outside its class."""
+
+    card = Sharper.card
+
+    def reference(self, q: Tensor, k: Tensor, v: Tensor, **extra: Any) -> Tensor:
+        return _scaled(self, F.scaled_dot_product_attention(q, k, v, scale=extra["scale"]))
+
+
+class Turned(Helped):
+    def reference(self, q: Tensor, k: Tensor, v: Tensor, **extra: Any) -> Tensor:
+        return -super().reference(q, k, v, **extra)
+
+
+def test_compiled_forwards_follow_the_mode_wherever_it_is_read() -> None:
+    with registered(helped=Helped):
+        model = timm_vit().eval()
+        mitaswap.swap(model, "helped")
+        compiled, x = torch.compile(model, backend="eager"), images()
+        torch.testing.assert_close(compiled(x), model(x))
+        model.train()
+        torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_no_way_around_the_rules_of_replacing() -> None:
+    with registered(helped=Helped, turned=Turned):
+        model = timm_vit().eval()
+        attention = model.blocks[0].attn
+        with mitaswap.swap(model, "helped"), pytest.raises(SwapError, match="swap again"):
+            attention.mitaswap = Turned()
+        with mitaswap.swap(model, "linear"):
+            with pytest.raises(SwapError, match="swap again"):
+                attention.add_module("mitaswap", mechanism("standard"))
+            with pytest.raises(SwapError, match="swap again"):
+                del attention.mitaswap
+            with pytest.raises(MitaswapError, match="options of linear are fixed"):
+                attention.mitaswap.options = mechanism("linear(feature=relu)").options
+
+
+class Around(nn.Module):
+    """As an adapter's module that hands everything on."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._modules["inner"], name)
+
+
+def test_copies_of_a_model_with_an_adapter_around_the_mechanism() -> None:
+    model = timm_vit().eval()
+    mitaswap.swap(model, "performer")
+    for block in model.blocks:
+        block.attn.mitaswap = Around(block.attn.mitaswap)
+    x = images()
+    torch.testing.assert_close(copy.deepcopy(model)(x), model(x))
+    torch.testing.assert_close(pickle.loads(pickle.dumps(model))(x), model(x))
+
+
+def test_a_layer_built_from_a_shadow_config_says_so() -> None:
+    model = hf("ViT").eval()
+    mitaswap.swap(model, "linear")
+    swapped = next(m for m in model.modules() if type(m).__name__.startswith("Swapped"))
+    original = type(swapped)._mitaswap_original
+    with pytest.raises(SwapError, match="build it from the model's own config"):
+        original(swapped.config).eval()(torch.randn(2, 17, 32))
+
+
+def test_a_forward_that_was_patched_between_two_swaps_is_used() -> None:
+    model, x = timm_vit().eval(), images()
+    cls = type(model.blocks[0].attn)
+    with mitaswap.swap(model, "standard"):
+        pass
+    plain = cls.forward
+    try:
+        cls.forward = lambda self, x, *rest, **more: 3 * plain(self, x, *rest, **more)
+        patched = model(x)
+        with mitaswap.swap(model, "standard"):
+            torch.testing.assert_close(model(x), patched)
+    finally:
+        cls.forward = plain

@@ -67,6 +67,14 @@ class Mechanism(nn.Module):
         if self.options.impl == "fused" and type(self).fused is Mechanism.fused:
             raise MitaswapError(f"{self.name} has no fused kernel; use impl=reference or impl=auto")
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "options" and self.__dict__.get("site") is not None:
+            raise MitaswapError(
+                f"the options of {self.spec} are fixed where it is attached; make another one with "
+                "mechanism(...)"
+            )
+        super().__setattr__(name, value)
+
     @property
     def spec(self) -> Spec:
         """Name and the options that differ from their defaults, plus those of the axes."""

@@ -8,15 +8,15 @@ common (`attend_by` their `Way`), of which a compiled forward reads nothing per 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from mitaswap.errors import MitaswapError, SwapError
@@ -50,10 +50,13 @@ class Way:
     head_dim: int
 
 
-def way_of(mechanism: Mechanism, site: Site) -> Way:
+def way_of(mechanism: nn.Module, site: Site) -> Way:
     """The way of a site's attention call to its mechanism; equal for equal layers."""
     assert site.layout is not None
     fixed = None
+    if not isinstance(mechanism, Mechanism):  # an adapter's module around it
+        inner = next(m for m in mechanism.modules() if isinstance(m, Mechanism))
+        return dataclasses.replace(way_of(inner, site), fixed=None)
     if is_stateless(mechanism):
         cls: Any = type(mechanism)
         fixed = _twin(cls, mechanism.options, mechanism.site)
@@ -68,21 +71,15 @@ def way_of(mechanism: Mechanism, site: Site) -> Way:
 
 
 def is_stateless(mechanism: Mechanism) -> bool:
-    """Whether a mechanism is nothing but its class, options and site, whatever mode it is in."""
+    """Whether a mechanism is nothing but its class, options and site, whatever mode it is in.
+
+    Only of this package's own classes that can be known: another's may read its mode, or an
+    attribute that somebody sets later, in a helper far from its class.
+    """
     parts = (mechanism._parameters, mechanism._buffers, mechanism._modules)
     plain = not any(parts) and vars(mechanism).keys() == vars(Mechanism()).keys()
-    cls: Any = type(mechanism)
-    return plain and not _asks_for_mode(cls)
-
-
-@functools.cache
-def _asks_for_mode(cls: type[Mechanism]) -> bool:
-    """Whether a class reads `training`, in which equal layers may differ."""
-    own = cls.__mro__[: cls.__mro__.index(Mechanism)]
-    try:
-        return any(".training" in inspect.getsource(each) for each in own)
-    except (OSError, TypeError):  # made without a source that could be read
-        return True
+    ours = Mechanism.__module__.rpartition(".")[0] + "."
+    return plain and type(mechanism).__module__.startswith(ours)
 
 
 def goes_straight(mechanism: Mechanism) -> bool:
@@ -162,8 +159,10 @@ def attend_by(way: Way) -> Attend:
             scale = 1.0 / math.sqrt(query.shape[3])
         if compiling and needs_nothing and not _observed:
             # the tracker is not asked: it would be guarded on in each layer
-            if straight is not None:
-                return straight(mechanism, query, key, value, layout=None, scale=scale, **extra)
+            if straight is not None and fixed is not None:
+                return straight(fixed, query, key, value, layout=None, scale=scale, **extra)
+            if straight is not None:  # what stands in the module may be an adapter's by now
+                return mechanism.reference(query, key, value, layout=None, scale=scale, **extra)
             if query.shape[2] == at_swap.tokens and query.shape[3] == head_dim:
                 return mechanism.run(query, key, value, at_swap, scale, extra)
         tracker = module._mitaswap_tracker

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 #: what the calls that replace `scaled_dot_product_attention` are called in the new source
 _ATTEND = "_mitaswap_attend"
+_FORWARD = "_mitaswap_forward"
 
 
 def divert(function: Callable[..., Any], attend: Callable[..., Any]) -> Callable[..., Any] | None:
@@ -47,11 +48,14 @@ def divert(function: Callable[..., Any], attend: Callable[..., Any]) -> Callable
             )
     definition.args.defaults = [ast.Constant(None) for _ in definition.args.defaults]
     definition.args.kw_defaults = [d and ast.Constant(None) for d in definition.args.kw_defaults]
+    definition.name = _FORWARD  # nested now, it would hide a global of its own name
     tree.body = [_with_attend(definition)]
     ast.increment_lineno(ast.fix_missing_locations(tree), start - 1)
     namespace: dict[str, Any] = {}
     exec(compile(tree, function.__code__.co_filename, "exec"), function.__globals__, namespace)
     new = namespace[_ATTEND](attend)
+    new.__code__ = new.__code__.replace(co_name=function.__code__.co_name)
+    new.__name__ = function.__name__
     new.__defaults__, new.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
     new.__qualname__, new.__doc__ = function.__qualname__, function.__doc__
     return new

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from mitaswap.errors import SwapError
 from mitaswap.surgery.divert import divert
@@ -102,6 +103,12 @@ def interface(attend: Callable[..., Tensor]) -> str:
         )
 
     def attention(module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        # a compiled forward would be guarded on the answer, in each layer
+        if not is_compiling() and not hasattr(type(module), "_mitaswap_way"):
+            raise SwapError(
+                f"a {type(module).__name__} that is not swapped was built from the config of one "
+                "that is; build it from the model's own config"
+            )
         if kwargs.get("output_attentions") or _maps_are_collected():
             raise no_map(module)
         # keywords that change what attention means and that the library's sdpa function passes over

@@ -75,14 +75,34 @@ class Swapped:
                 f"{self._mitaswap.site.path} is swapped to {self.mitaswap.spec}: fused_attn=False "
                 "would bypass it. Call mitaswap.revert(model) first."
             )
-        way = self._mitaswap_way
-        if name == "mitaswap" and name in self._modules and way and way.fixed is not None:
-            raise SwapError(
-                f"{self._mitaswap.site.path} is swapped to {self.mitaswap.spec}, which compiled "
-                "forwards know by the module's class: another one set here would be passed over. "
-                "Call mitaswap.revert(model) and swap again."
-            )
+        if name == "mitaswap":
+            self._mitaswap_keep(value)
         super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name == "mitaswap":
+            self._mitaswap_keep(None)
+        super().__delattr__(name)
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        if name == "mitaswap":
+            self._mitaswap_keep(module)
+        super().add_module(name, module)  # type: ignore[misc]
+
+    def _mitaswap_keep(self, value: Any) -> None:
+        """Raise if `value` cannot stand in for the mechanism: what its calls take and need is
+        settled, and so is the mechanism where compiled forwards know it by the module's class.
+        """
+        own, way = self._modules.get("mitaswap"), self._mitaswap_way
+        if own is None or way is None:
+            return
+        other = isinstance(value, Mechanism) and type(value) is not type(own)
+        if way.fixed is not None or value is None or other:
+            raise SwapError(
+                f"{self._mitaswap.site.path} is swapped to {self.mitaswap.spec}; what calls of it "
+                "take and need is settled by the module's class, which something else set here "
+                "would not change. Call mitaswap.revert(model) and swap again."
+            )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _rebuild, (self._mitaswap_original,), self.__dict__
@@ -110,7 +130,7 @@ def install(module: Any, mechanism: Mechanism, way: Way, seam: Seam, config: Any
     if config is not None:
         put["config"] = config
     seam.covered = {name: vars(module)[name] for name in put if name in vars(module)}
-    module.__class__ = seam_class(type(module), way)  # type: ignore[arg-type]
+    module.__class__ = seam_class(type(module), way)
     vars(module).update(put)
     module.mitaswap = mechanism
 
@@ -130,15 +150,22 @@ def uninstall(module: Any) -> None:
 
 
 def _rebuild(original: type[nn.Module]) -> nn.Module:
-    cls: Any = seam_class(original, None)  # type: ignore[arg-type]
+    cls: Any = seam_class(original, None)
     return cls.__new__(cls)
 
 
-@functools.cache
 def seam_class(original: type[nn.Module], way: Way | None) -> type[nn.Module]:
     """The subclass of `original` with its attention call going `way`, picklable; without a way one
-    for modules that still wait for their state.
+    for modules that still wait for their state. A forward that was patched makes another one.
     """
+    return _seam_class(original, original.forward, way)  # type: ignore[arg-type]
+
+
+# never forgotten: Dynamo tells classes by `id`, and one that is used again would be mistaken
+@functools.cache
+def _seam_class(
+    original: type[nn.Module], _forward: Callable[..., Any], way: Way | None
+) -> type[nn.Module]:
     members: dict[str, Any] = {
         "_mitaswap_original": original,
         "_mitaswap_way": way,
