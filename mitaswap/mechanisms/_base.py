@@ -207,6 +207,12 @@ class Mechanism(nn.Module):
         """
         raise NotImplementedError
 
+    def unfit(self, q: Tensor, k: Tensor, v: Tensor) -> str:
+        """What the kernel cannot take of these tensors and the options, in words; empty: nothing.
+        `impl=auto` then takes the reference, `impl=fused` is an error.
+        """
+        return ""
+
     def route(self, q: Tensor, k: Tensor, *, layout: TokenLayout, scale: float) -> Routing | None:
         """The routing of these queries and keys; None for mechanisms that do not route."""
         return None
@@ -268,7 +274,16 @@ class Mechanism(nn.Module):
         extra: dict[str, Any],
     ) -> Tensor:
         """`forward` without its checks, for callers that have made them."""
-        run = self.fused if self.options.impl == "fused" else self.reference
+        impl = self.options.impl
+        has_kernel = type(self).fused is not Mechanism.fused
+        fused = impl == "fused" or (impl == "auto" and has_kernel and q.is_cuda)
+        if fused and (problem := self.unfit(q, k, v)):
+            if impl == "fused":
+                raise MitaswapError(
+                    f"{self.spec} has no kernel for {problem}; use impl=auto or impl=reference"
+                )
+            fused = False
+        run = self.fused if fused else self.reference
         return run(q, k, v, layout=layout, scale=scale, **extra)
 
     def extra_repr(self) -> str:

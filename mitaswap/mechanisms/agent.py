@@ -137,35 +137,16 @@ class Agent(Mechanism):
         to_agents = to_queries if to_queries is None else to_queries.transpose(-1, -2)
         return attend(q, agents, values, scale, to_agents)
 
-    def _unfit(self, q: Tensor, k: Tensor, v: Tensor) -> str:
-        """What the kernels cannot take; empty if nothing."""
+    def unfit(self, q: Tensor, k: Tensor, v: Tensor) -> str:
         return "bias=true" if self.options.bias else unfit(q, k, v)
 
     def fused(
         self, q: Tensor, k: Tensor, v: Tensor, *, layout: TokenLayout, scale: float, **extra: Any
     ) -> Tensor:
-        if problem := self._unfit(q, k, v):
-            raise MitaswapError(
-                f"{self.spec} has no kernel for {problem}; use impl=auto or impl=reference"
-            )
         from mitaswap.kernels.agent import Windows, agent_attention
 
         windows = Windows(layout.prefix, *layout.grid, *self._shape(layout))
         return agent_attention(q, k, v, windows, scale)
-
-    def run(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        layout: TokenLayout,
-        scale: float,
-        extra: dict[str, Any],
-    ) -> Tensor:
-        impl = self.options.impl
-        if impl == "fused" or (impl == "auto" and q.is_cuda and not self._unfit(q, k, v)):
-            return self.fused(q, k, v, layout=layout, scale=scale, **extra)
-        return self.reference(q, k, v, layout=layout, scale=scale, **extra)
 
     def _bias(self, side: str, layout: TokenLayout, like: Tensor) -> Tensor | None:
         """One direction's bias between agents and all tokens, [H, n, N]; None without bias."""

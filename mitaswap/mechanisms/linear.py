@@ -97,35 +97,16 @@ class Linear(Mechanism):
                 f"{self.spec} has no kernel for norm=rms; use impl=auto or impl=reference"
             )
 
-    def _unfit(self, q: Tensor, k: Tensor, v: Tensor) -> str:
-        """What the kernels cannot take; empty if nothing."""
+    def unfit(self, q: Tensor, k: Tensor, v: Tensor) -> str:
         return "norm=rms" if self.options.norm == "rms" else unfit(q, k, v)
 
     def fused(
         self, q: Tensor, k: Tensor, v: Tensor, *, layout: TokenLayout, scale: float, **extra: Any
     ) -> Tensor:
-        if problem := self._unfit(q, k, v):
-            raise MitaswapError(
-                f"{self.spec} has no kernel for {problem}; use impl=auto or impl=reference"
-            )
         from mitaswap.kernels.linear import linear_attention
 
         factor = scale * math.sqrt(q.shape[3])
         return linear_attention(q, k, v, self.options.feature, factor, self.options.eps)
-
-    def run(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        layout: TokenLayout,
-        scale: float,
-        extra: dict[str, Any],
-    ) -> Tensor:
-        impl = self.options.impl
-        if impl == "fused" or (impl == "auto" and q.is_cuda and not self._unfit(q, k, v)):
-            return self.fused(q, k, v, layout=layout, scale=scale, **extra)
-        return self.reference(q, k, v, layout=layout, scale=scale, **extra)
 
     def _features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         if self.options.feature == "elu":

@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from mitaswap.errors import MitaswapError
 from mitaswap.kernels import unfit
 from mitaswap.mechanisms._base import MECHANISMS, Mechanism, Options
 from mitaswap.mechanisms._card import Card, Cost, Routing, SiteShape
@@ -160,14 +159,12 @@ class Mita(Mechanism):
             branches += [attend_experts(q, keys, values, choice[..., j], scale) for j in range(o.s)]
         return merge(branches)  # Eq. 10
 
+    def unfit(self, q: Tensor, k: Tensor, v: Tensor) -> str:
+        return unfit(q, k, v)
+
     def fused(
         self, q: Tensor, k: Tensor, v: Tensor, *, layout: TokenLayout, scale: float, **extra: Any
     ) -> Tensor:
-        problem = unfit(q, k, v)
-        if problem:
-            raise MitaswapError(
-                f"{self.spec} has no kernel for {problem}; use impl=auto or impl=reference"
-            )
         from mitaswap.kernels.mita import Sizes, mita_attention
 
         o = self.options
@@ -181,20 +178,6 @@ class Mita(Mechanism):
         )
         again = scale * scale if o.shared_scale == "released" else scale
         return mita_attention(q, k, v, sizes, scale, again)
-
-    def run(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        layout: TokenLayout,
-        scale: float,
-        extra: dict[str, Any],
-    ) -> Tensor:
-        impl = self.options.impl
-        if impl == "fused" or (impl == "auto" and q.is_cuda and not unfit(q, k, v)):
-            return self.fused(q, k, v, layout=layout, scale=scale, **extra)
-        return self.reference(q, k, v, layout=layout, scale=scale, **extra)
 
     @outside_autocast
     def route(self, q: Tensor, k: Tensor, *, layout: TokenLayout, scale: float) -> Routing | None:

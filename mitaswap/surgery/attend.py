@@ -88,7 +88,7 @@ def goes_straight(mechanism: Mechanism) -> bool:
     """
     cls = type(mechanism)
     plain = cls.check is Mechanism.check and cls.run is Mechanism.run
-    return plain and not mechanism.needs and mechanism.options.impl != "fused"
+    return plain and not mechanism.needs and cls.fused is Mechanism.fused
 
 
 @functools.cache
