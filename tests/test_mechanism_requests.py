@@ -14,7 +14,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mitaswap import Spec, TokenLayout, mechanism
 from mitaswap.errors import MitaswapError
-from mitaswap.mechanisms import MECHANISMS, TRAITS, WRAPPERS, Mechanism, SiteShape
+from mitaswap.mechanisms import (
+    MECHANISMS,
+    TRAITS,
+    WRAPPERS,
+    Mechanism,
+    SiteShape,
+    learned_numbers,
+)
 
 # ------------------------------------------------------------------------------------------- errors
 
@@ -100,13 +107,22 @@ BAD_SIZES = [
     Bad("inline(t=-1.0)", "t=-1.0 must be 0 or more; use t=0"),
     Bad("focused(floor=-0.5)", "floor=-0.5 must be 0 or more; use floor=0"),
     Bad(
-        "nsa(first=8)",
-        "first=8 must be between 0 and the 7 blocks of k beside the query's own; use first=7",
+        "nsa(k=2)",
+        "k=2 must be between 3 and the 16 blocks, and no fewer than first + local, which it counts "
+        "(tokens 1 + 8x7); use k=3",
         LAYOUT,
     ),
     Bad(
-        "nsa(k=4,first=5,own=false)",
-        "first=5 must be between 0 and the 4 blocks that are selected (k); use first=4",
+        "nsa(k=17)",
+        "k=17 must be between 3 and the 16 blocks, and no fewer than first + local, which it "
+        "counts (tokens 1 + 8x7); use k=16",
+        LAYOUT,
+    ),
+    Bad("nsa(k=4,local=7)", f"local=7 must be between 0 and the 6 blocks {AT}; use local=6"),
+    Bad("nsa(k=4,local=-1)", f"local=-1 must be between 0 and the 6 blocks {AT}; use local=0"),
+    Bad(
+        "nsa(k=4,first=5)",
+        f"first=5 must be between 0 and the 4 blocks beside the local ones {AT}; use first=4",
     ),
     Bad(
         "dsa(k=4,rope=true,index_dim=7)",
@@ -365,6 +381,12 @@ def test_a_mechanism_with_a_kernel_is_built_fused() -> None:
     assert part(q, k, v, layout=LAYOUT).abs().max() == 0
 
 
+@pytest.mark.parametrize("norm", ["true", "false"])
+def test_bare_averages_learn_nothing(norm: str) -> None:
+    assert learned_numbers(mechanism(f"pvt(reduction=pool,size=16,norm={norm})")) == 0
+    assert learned_numbers(mechanism(f"pvt(reduction=pool-conv,norm={norm})")) > 0
+
+
 # ----------------------------------------------------------------------------------------- the card
 
 
@@ -467,5 +489,10 @@ def test_spec_shows_what_is_set(spec: str) -> None:
 def test_defaults_are_the_papers() -> None:
     assert str(mechanism("mita").spec) == "mita(m=25,k=25)"
     assert str(mechanism("agent").spec) == "agent(n=49)"
+    assert str(mechanism("moba(own=true)").spec) == "moba(n=14)"
+    assert str(mechanism("reformer(share_qk=true,chunk=8)").spec) == "reformer(buckets=0,chunk=8)"
+    assert str(mechanism("pvt(norm=true)").spec) == "pvt"
+    assert str(mechanism("nystrom(conv=33)").spec) == "nystrom(m=49)"
+    assert str(mechanism("nsa(first=1,local=2,projections=branch)").spec) == "nsa"
     assert str(mechanism("linear(eps=1e-6,feature=elu)").spec) == "linear"
     assert repr(mechanism("mita(k=9,m=4)")) == "Mita(mita(m=4,k=9))"

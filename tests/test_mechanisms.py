@@ -371,8 +371,8 @@ def test_what_is_usable_untrained_declares_its_limit() -> None:
     """Nearly all that approximates softmax attention equals it at some options."""
     cards = {name: cls for name, cls in MECHANISMS.items() if cls.card.untrained == "usable"}
     without = {name for name, cls in cards.items() if not cls.limits}
-    # nsa always adds three branches, reformer's hashes keep keys apart, standard is the limit
-    assert without == {"nsa", "reformer", "standard"}
+    # nsa always adds three branches, standard is the limit
+    assert without == {"nsa", "standard"}
 
 
 @pytest.mark.parametrize(

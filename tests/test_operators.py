@@ -13,7 +13,7 @@ from mitaswap.errors import MitaswapError
 from mitaswap.operators.experts import attend, attend_experts, merge, take
 from mitaswap.operators.pool import landmarks, pool_shape, pool_tokens
 from mitaswap.operators.precision import outside_autocast, working
-from mitaswap.operators.select import best_indices, top_indices
+from mitaswap.operators.select import best_indices, best_with, top_indices
 from mitaswap.tokens import TokenLayout
 
 QUICK = settings(max_examples=40, deadline=None, derandomize=True)
@@ -58,10 +58,24 @@ def test_best_indices_take_the_lowest_of_equals(scores: list[float], data: st.Da
     assert tensor.tolist() == [scores], "the scores are left as they were"
 
 
+@QUICK
+@given(SCORES.filter(lambda row: float("-inf") not in row), st.data())
+def test_best_with_picks_what_is_fixed_once_and_the_best_others(
+    scores: list[float], data: st.DataObject
+) -> None:
+    s = data.draw(st.integers(1, len(scores)))
+    always = data.draw(st.lists(st.integers(0, len(scores) - 1), max_size=s))
+    got = best_with(torch.tensor([scores]), torch.tensor(always, dtype=torch.int64), s)
+    fixed = sorted(set(always))
+    others = [i for i in ranking(scores) if i not in fixed]
+    assert got.tolist() == [[*fixed, *others][:s]]
+
+
 def test_choices_have_no_gradient() -> None:
     scores = randn(2, 9).requires_grad_()
     assert not top_indices(scores, 3).requires_grad
     assert not best_indices(scores, 3).requires_grad
+    assert not best_with(scores, torch.tensor([4]), 3).requires_grad
 
 
 # ------------------------------------------------------------------------------------------- pool

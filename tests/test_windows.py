@@ -59,6 +59,14 @@ def test_runs_are_consecutive_and_nearly_equal(h: int, w: int, data: st.DataObje
     assert {len(x) for x in held} <= {h * w // count, math.ceil(h * w / count)}
 
 
+def test_fixed_windows_of_a_patch() -> None:
+    windows = runs(TokenLayout(1, (2, 3)), 3, CPU)  # two patches each
+    assert windows.fixed(0, 1).flatten().tolist() == windows.owner.tolist()
+    assert windows.fixed(2, 0).tolist() == [[0, 1]] * 6
+    assert windows.fixed(1, 2)[::2].tolist() == [[0, 0, 0], [0, 1, 0], [0, 2, 1]]
+    assert windows.fixed(0, 0).shape == (6, 0)
+
+
 @pytest.mark.parametrize("shape", [(2, 3), (3, 2), (4, 6), (1, 1)])
 def test_split_join_and_means(shape: tuple[int, int]) -> None:
     layout = TokenLayout(2, (4, 6), suffix=1)

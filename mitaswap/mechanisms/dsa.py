@@ -37,8 +37,9 @@ class DsaOptions(Options):
         index_heads: heads of the indexer; 0 is as many as the attention has.
         index_dim: width of one index head (128 in the paper's model).
         index_from: what the indexer reads: `qk`, the queries and keys of all heads, whose products
-            it approximates from the start; or `x`, the module's input, as in the paper, with a
-            random start.
+            it approximates from the start; or `x`, the module's input, as the paper writes it, with
+            a random start. Queries and keys are linear maps of x, so with `qk` the indexer is the
+            paper's, a linear map of x, that starts at the pretrained projections.
         norm: layer norm of the index keys, as in the released code.
         rope: rotary positions of the index queries and keys, as in the released code.
         seed: of the indexer's start.

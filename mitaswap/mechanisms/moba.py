@@ -20,7 +20,7 @@ from mitaswap.operators.pool import pool_shape
 from mitaswap.operators.precision import outside_autocast, working
 from mitaswap.operators.ranges import in_range
 from mitaswap.operators.routed import special_flops, special_routing, with_special
-from mitaswap.operators.select import best_indices
+from mitaswap.operators.select import best_with
 from mitaswap.operators.windows import Windows, cut, ragged_size, runs
 from mitaswap.spec import Value
 from mitaswap.tokens import TokenLayout
@@ -36,20 +36,22 @@ class MobaOptions(Options):
         blocks: `raster` cuts the sequence of patches into runs (the paper); `windows` cuts their
             grid.
         pool: windows as `AxB`; `auto` chooses the most square ones.
-        own: whether the block that holds a query is always among its k, as in the paper, where
-            attention is causal.
+        own: whether the block that holds a query is always among its k, as in the paper, for the
+            sake of causality and of the local context. `false` leaves all k to the scores of
+            pretrained queries and keys.
     """
 
     n: int = 14
     k: int = 3
     blocks: Literal["raster", "windows"] = "raster"
     pool: str = "auto"
-    own: bool = False
+    own: bool = True
 
 
 @MECHANISMS.register("moba")
 class Moba(Mechanism):
-    """s_i = q . mean(K_i), o(q) = softmax over the keys of the k blocks of largest s_i.
+    """s_i = q . mean(K_i), o(q) = softmax over the keys of q's own block and the k - 1 others of
+    largest s_i.
 
     Without causality: a query may read any block. Blocks are disjoint, of sizes as equal as
     possible. No gradient goes through the choice. Special tokens are in no block: as keys they are
@@ -74,10 +76,10 @@ class Moba(Mechanism):
         ("moba(n=4,k=4,blocks=windows)", "standard"),
     )
     samples = (
-        {"n": 8, "k": 4},
-        {"n": 9, "k": 5, "own": True},
-        {"n": 12, "k": 6, "blocks": "windows"},
-        {"n": 20, "k": 9, "blocks": "windows", "pool": "5x4", "own": True},
+        {"n": 8, "k": 4, "own": False},
+        {"n": 9, "k": 5},
+        {"n": 12, "k": 6, "blocks": "windows", "own": False},
+        {"n": 20, "k": 9, "blocks": "windows", "pool": "5x4"},
     )
     needs = frozenset({"grid"})
     axes = (("N", "n"),)
@@ -138,10 +140,7 @@ class Moba(Mechanism):
         """The k blocks that each patch reads, best first: [B, H, patches, k]."""
         means = windows.means(k.detach())
         scores = q[:, :, layout.patch_slice].detach() @ means.transpose(-1, -2)
-        if self.options.own:
-            own = windows.owner[:, None].expand(*scores.shape[:3], 1)
-            scores = scores.scatter(-1, own, float("inf"))
-        return best_indices(scores, self.options.k)
+        return best_with(scores, windows.fixed(0, int(self.options.own)), self.options.k)
 
     def branch(
         self, q: Tensor, k: Tensor, v: Tensor, *, layout: TokenLayout, scale: float, **extra: Any

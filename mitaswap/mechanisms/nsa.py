@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mitaswap.errors import MitaswapError
 from mitaswap.mechanisms._base import MECHANISMS, Mechanism, Options
 from mitaswap.mechanisms._card import Card, Cost, Routing, SiteShape
 from mitaswap.operators.blocks import expert_blocks
-from mitaswap.operators.branch_maps import BranchMaps
+from mitaswap.operators.branch_maps import BranchMaps, branch_gates
 from mitaswap.operators.compress import BlockMap
 from mitaswap.operators.counting import attend_flops, product_flops
 from mitaswap.operators.experts import Branch, attend, attend_experts, merge
@@ -25,7 +24,7 @@ from mitaswap.operators.neighbourhood import attend_near, near_flops
 from mitaswap.operators.precision import outside_autocast, working
 from mitaswap.operators.ranges import at_least, in_range
 from mitaswap.operators.routed import special_flops, special_routing
-from mitaswap.operators.select import best_indices
+from mitaswap.operators.select import best_with
 from mitaswap.operators.special import join, split
 from mitaswap.operators.windows import Windows, cut, ragged_size, runs
 from mitaswap.spec import Value
@@ -45,15 +44,16 @@ class NsaOptions(Options):
             and a neighbourhood of window * window patches before and behind.
         compress: how a block becomes one key and one value: `mlp` adds a learned MLP with
             intra-block positions (the paper) to the average, `mean` is the average.
-        own: whether a query's own block is always one of its k (the paper's local blocks).
-        first: number of blocks from the first, row by row, that are always among the k of every
-            query. The paper's 1 is a text's beginning, where attention gathers; here the class
-            token has that part, which all branches read, hence 0.
+        first: number of initial blocks, row by row, that are always among the k of every query (1
+            in the paper, the beginning of the text).
+        local: number of local blocks that are always among them: 1 is the query's own, 2 (the
+            paper) also the one before it, row by row, and so on. A block that is both initial and
+            local counts once.
         choice: `per-head`; `shared` sums the importance of blocks over all heads, as the paper does
             in a group of heads that share their keys.
-        projections: `site`: all branches read the site's keys and values, which are all that a
-            trained network has; `branch`: each its own (the paper), learned maps of the site's
-            that start as identity.
+        projections: `branch`: each branch reads keys and values of its own (the paper), learned
+            maps of the site's that start as identity; `site`: all read the site's, which are all
+            that a trained network has, and saves six maps of all tokens.
     """
 
     block: int = 2
@@ -61,10 +61,10 @@ class NsaOptions(Options):
     window: int = 5
     blocks: Literal["windows", "raster"] = "windows"
     compress: Literal["mlp", "mean"] = "mlp"
-    own: bool = True
-    first: int = 0
+    first: int = 1
+    local: int = 2
     choice: Literal["per-head", "shared"] = "per-head"
-    projections: Literal["site", "branch"] = "site"
+    projections: Literal["site", "branch"] = "branch"
 
 
 @MECHANISMS.register("nsa")
@@ -72,9 +72,10 @@ class Nsa(Mechanism):
     """o = g_cmp Attn(q, K~cmp, V~cmp) + g_slc Attn(q, K~slc, V~slc) + g_win Attn(q, K~win, V~win).
 
     Blocks tile the patches. Compressed, phi makes one key and one value of each. Selected, a query
-    reads all patches of the k blocks to whose compressed keys softmax gives it the most weight. The
-    window holds the patches around the query. Gates are sigmoids of the module's input x, one for
-    each query, head and branch, 1/3 at the start. No gradient goes through the choice.
+    reads all patches of k blocks: `first` initial ones, `local` ones, and those to whose compressed
+    keys softmax gives it the most weight. The window holds the patches around the query. Gates are
+    sigmoids of the module's input x, one for each query, head and branch, 1/3 at the start. No
+    gradient goes through the choice.
 
     Special tokens as keys are in all three branches, uncompressed; as queries they attend to all N
     keys by plain softmax, without gates. Blocks for compression and selection are the same and do
@@ -102,10 +103,11 @@ class Nsa(Mechanism):
         untrained="usable",
     )
     samples = (
-        {"k": 3},
-        {"block": 3, "k": 2, "window": 3, "blocks": "raster", "own": False},
-        {"block": 3, "k": 2, "compress": "mean", "choice": "shared", "window": 7},
-        {"k": 4, "first": 2, "projections": "branch"},
+        {"k": 5},
+        {"k": 3, "first": 0, "local": 1, "projections": "site"},
+        {"block": 3, "k": 2, "window": 3, "blocks": "raster", "first": 0, "local": 0},
+        {"block": 3, "k": 4, "compress": "mean", "choice": "shared", "window": 7},
+        {"k": 6, "first": 2, "local": 3, "blocks": "raster", "projections": "site"},
     )
     needs = frozenset({"grid", "x"})
     gate_weight: nn.Parameter
@@ -127,10 +129,11 @@ class Nsa(Mechanism):
     def check(self, layout: TokenLayout, head_dim: int) -> None:
         o = self.options
         at_least(self, "block", o.block, 1)
-        count = math.prod(self._cut(layout)[1])
-        in_range(self, "k", o.k, 1, count, f"blocks (tokens {layout})")
-        left = "blocks of k beside the query's own" if o.own else "blocks that are selected (k)"
-        in_range(self, "first", o.first, 0, o.k - o.own, left)
+        count, at = math.prod(self._cut(layout)[1]), f"(tokens {layout})"
+        in_range(self, "local", o.local, 0, count, f"blocks {at}")
+        in_range(self, "first", o.first, 0, count - o.local, f"blocks beside the local ones {at}")
+        of = f"blocks, and no fewer than first + local, which it counts {at}"
+        in_range(self, "k", o.k, max(1, o.first + o.local), count, of)
         if o.window < 1 or o.window % 2 == 0:
             raise MitaswapError(
                 f"{self.spec}: window={o.window} must be odd, with the query in its middle; use "
@@ -139,8 +142,12 @@ class Nsa(Mechanism):
 
     @classmethod
     def suggest(cls, layout: TokenLayout) -> dict[str, Value]:
-        count = math.prod(-(-n // NsaOptions.block) for n in layout.grid)
-        return {} if count > NsaOptions.k else {"k": -(-count // 4)}
+        o, count = NsaOptions, math.prod(-(-n // NsaOptions.block) for n in layout.grid)
+        if count > o.k:
+            return {}
+        if count < o.first + o.local:
+            return {"k": count, "first": 0, "local": 1}
+        return {"k": min(count, o.first + o.local + 1)}  # one that the query chooses
 
     def build(self, site: SiteShape) -> None:
         self.gate_weight = nn.Parameter(torch.zeros(3 * site.heads, site.width))
@@ -210,16 +217,12 @@ class Nsa(Mechanism):
         best first: [B, H, P, k].
         """
         o = self.options
+        fixed = windows.fixed(o.first, o.local)
 
         def pick(rows: slice, importance: Tensor) -> Tensor:
             if o.choice == "shared":
                 importance = importance.sum(dim=1, keepdim=True)
-            fixed = torch.arange(o.first, device=q.device).expand(*importance.shape[:3], -1)
-            if o.own:
-                own = windows.owner[rows, None].expand(*importance.shape[:3], 1)
-                fixed = torch.cat([fixed, own], dim=-1)
-            importance = importance.scatter(-1, fixed, float("inf"))
-            return best_indices(importance, o.k).expand(-1, q.shape[1], -1, -1)
+            return best_with(importance, fixed[rows], o.k).expand(-1, q.shape[1], -1, -1)
 
         return attend_and_pick(q, keys, values, scale, pick)
 
@@ -243,7 +246,8 @@ class Nsa(Mechanism):
         grid, radius = self._cut(layout)[0], self._radius
         near = attend_near(queries, near_keys, near_values, grid, radius, scale)
 
-        gates = self._gates(extra["x"], q.dtype, layout)  # [B, H, P, 3]
+        x = split(extra["x"], layout)[0].to(q.dtype)
+        gates = branch_gates(x, self.gate_weight, self.gate_bias, 3)  # [B, H, P, 3]
         out = torch.zeros_like(near[0])
         seen: list[Branch] = []
         for number, branches in enumerate(([whole], picked, [near])):
@@ -252,12 +256,6 @@ class Nsa(Mechanism):
                 seen = [attend(queries, own, held, scale)]
             out = out + gates[..., number, None] * merge([*branches, *seen])[0]
         return join(out, attend(special, k, v, scale)[0], layout).to(dtype)
-
-    def _gates(self, x: Tensor, dtype: torch.dtype, layout: TokenLayout) -> Tensor:
-        patches = split(x, layout)[0].to(dtype)
-        logits = F.linear(patches, self.gate_weight.to(dtype), self.gate_bias.to(dtype))
-        # a third each where the learned part is zero
-        return (logits - math.log(2)).sigmoid().unflatten(2, (-1, 3)).transpose(1, 2)
 
     @outside_autocast
     def route(self, q: Tensor, k: Tensor, *, layout: TokenLayout, scale: float) -> Routing | None:

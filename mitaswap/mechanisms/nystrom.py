@@ -37,9 +37,10 @@ class NystromOptions(Options):
         scaling: start of the iteration, A^T / (|A|_1 |A|_inf). The norms are each matrix's own in
             the `paper`; in the `released` code the largest of the whole batch, so that an image's
             output depends on the images beside it.
-        conv: size of the kernel, odd, of the paper's skip connection, a convolution of V along the
-            sequence; 0 leaves it out, as Alg. 1 does. The released code takes 33 for its language
-            model and 35 for Long Range Arena, and none in its vision transformer by default.
+        conv: size of the kernel, odd, of the paper's skip connection (its Fig. 4), a depthwise
+            convolution of V along the sequence; it starts at zero. The paper gives no size; 33 is
+            the released language model's (35 for Long Range Arena; none, by default, in its vision
+            transformer). 0 leaves the convolution out, as Alg. 1 does.
     """
 
     m: int = 49
@@ -47,12 +48,12 @@ class NystromOptions(Options):
     inverse: Literal["iterative", "exact"] = "iterative"
     iterations: int = 6
     scaling: Literal["paper", "released"] = "paper"
-    conv: int = 0
+    conv: int = 33
 
 
 @MECHANISMS.register("nystrom")
 class Nystrom(Mechanism):
-    """O = softmax(Q K~^T scale) pinv(A) softmax(Q~ K^T scale) V, A = softmax(Q~ K~^T scale).
+    """O = softmax(Q K~^T scale) pinv(A) softmax(Q~ K^T scale) V + C, A = softmax(Q~ K~^T scale).
 
     Landmarks Q~, K~ [m, D] are means of queries and of keys over the same tokens. Exact for m = N.
     Special tokens are queries and keys as all others; whether landmarks contain them is an option.
@@ -60,14 +61,13 @@ class Nystrom(Mechanism):
 
     pinv(A) is Z after some iterations of Z <- Z (13 I - A Z (15 I - A Z (7 I - A Z))) / 4.
 
-    With `conv` the output is O + C: C_i = sum_t w_t V_(i + t) over the `conv` tokens around token
-    i, with V zero beyond both ends of the sequence. This is the paper's module; as in the released
-    code there is one kernel w per head, for all its channels, and no bias. The sequence is as the
-    network has it: patches row by row, special tokens neighbours of those beside them. (`+dwc`
-    convolves over the grid instead, with a kernel per channel.)
+    C_i = sum_t w_t V_(i + t) over the `conv` tokens around token i, with V zero beyond both ends of
+    the sequence. As in the released code there is one kernel w per head, for all its channels, and
+    no bias. The sequence is as the network has it: patches row by row, special tokens neighbours of
+    those beside them. (`+dwc` convolves over the grid instead, with a kernel per channel.)
 
     Parameters, of no grid:
-        conv_weight [H, conv]: w of each head; 0. Only with `conv`.
+        conv_weight [H, conv]: w of each head; 0. Not with conv=0.
     """
 
     options_type = NystromOptions
@@ -78,20 +78,20 @@ class Nystrom(Mechanism):
         expert_count="1 shared",
         construction="landmark probing",
         topology="all-to-one",
-        source="Xiong et al. 2021, arXiv 2102.03902, Alg. 1",
+        source="Xiong et al. 2021, arXiv 2102.03902, Alg. 1 and Fig. 4",
         cost="N m d + m^3",
         untrained="usable",
     )
     limits = (
         ("nystrom(m={tokens},inverse=exact)", "standard"),
         ("nystrom(m={tokens},iterations=30)", "standard"),
-        ("nystrom(conv=35)", "nystrom"),
+        ("nystrom(conv=0)", "nystrom"),
     )
     samples = (
         {"m": 9},
-        {"m": 6, "landmarks": "windows", "iterations": 4},
-        {"m": 12, "inverse": "exact"},
-        {"m": 9, "conv": 5},
+        {"m": 9, "conv": 0},
+        {"m": 6, "landmarks": "windows", "iterations": 4, "conv": 0},
+        {"m": 12, "inverse": "exact", "conv": 5},
         {"m": 6, "landmarks": "windows", "conv": 35},
     )
     axes = (("N", "m"),)

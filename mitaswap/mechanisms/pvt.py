@@ -29,36 +29,36 @@ class PvtOptions(Options):
     Args:
         reduction: `conv` reduces windows of r x r patches by a learned strided convolution (PVT);
             `pool` averages the grid to size x size entries, without parameters (PVTv2's linear
-            attention); `pool-conv` maps the averages by a learned 1 x 1 convolution, then GELU (its
-            released code, which has the norm between them).
+            attention, as its paper has it); `pool-conv` maps the averages by a learned 1 x 1
+            convolution, norms them and takes the GELU (its released code).
         r: side of the windows of `conv`; 2 as in PVT's stage of 14 x 14 patches.
         size: side of the pooled map of `pool` and `pool-conv`.
         mix: `width` reduces the channels of all heads together, as the paper; `head` each head's
             among themselves, at 1 / H of the parameters and operations.
-        norm: layer norm of the reduced keys and values, over the channels that `mix` takes
-            together: the paper's Norm in SR.
+        norm: layer norm of what `conv` and `pool-conv` map, over the channels that `mix` takes
+            together: the paper's Norm in SR. `false` serves pretrained weights, whose scores and
+            values it would all change. Bare averages (`pool`) have none.
     """
 
     reduction: Literal["conv", "pool", "pool-conv"] = "conv"
     r: int = 2
     size: int = 7
     mix: Literal["width", "head"] = "width"
-    norm: bool = False
+    norm: bool = True
 
 
 @MECHANISMS.register("pvt")
 class Pvt(Mechanism):
-    """O = softmax(Q [K_S; SR(K_P)]^T scale) [V_S; SR'(V_P)], SR(X) = Reshape(X, r) W / cells.
+    """O = softmax(Q [K_S; SR(K_P)]^T scale) [V_S; SR'(V_P)], SR(X) = Norm(Reshape(X, r) W / cells).
 
     Reshape lays the r x r patches of a window (row by row) and their channels, the last index, in
     one row of r r D numbers. The paper reduces the module's input and projects it to keys and
     values afterwards; a mechanism is handed the projections, so here the reduction follows them,
-    and K and V have a W each. The paper also norms what it reduced, SR(X) = Norm(Reshape(X, r) W).
-    With `norm` that is done; it is no default, since behind the projections it would change every
-    score and every value of a pretrained network.
+    and K and V have a W and a Norm each. Behind the projections Norm changes every score and every
+    value of a pretrained network; norm=false leaves it out.
 
     With pooling SR(X) is the average of each adaptive window, or, as PVTv2's code has it,
-    GELU(Norm(average W)): pvt(reduction=pool-conv,norm=true).
+    GELU(Norm(average W)).
 
     Where r does not divide a side, windows at the bottom and right edge are smaller: their missing
     patches count as zeros, and `cells`, r^2 elsewhere, is the number of those that are there.
@@ -68,8 +68,8 @@ class Pvt(Mechanism):
     Parameters (W / r^2 are the weights of a strided convolution):
         key_reduction: W, [1, r r H D, H D], or [H, r r D, D] for mix=head; an identity for each
             patch of the window, so that SR starts as the average. pool-conv has r = 1, pool none.
-        key_norm_weight, key_norm_bias: of Norm, [1, H D], or [H, D] for mix=head; 1 and 0. Only
-            with `norm`.
+        key_norm_weight, key_norm_bias: of Norm, [1, H D], or [H, D] for mix=head; 1 and 0. Not
+            with norm=false or reduction=pool.
         value_reduction, value_norm_weight, value_norm_bias: the same for values.
     """
 
@@ -83,30 +83,34 @@ class Pvt(Mechanism):
         topology="all-to-one",
         source="Wang et al. 2021, arXiv 2102.12122, Eq. 2-3; PVTv2: arXiv 2106.13797",
         cost="N^2 d / r^2",
-        untrained="usable",
+        untrained="needs finetuning",
     )
-    limits = (("pvt(r=1)", "standard"),)
+    limits = (("pvt(r=1,norm=false)", "standard"),)
     samples = (
         {"r": 3},
-        {"r": 4, "mix": "head"},
+        {"r": 3, "norm": False},
+        {"r": 4, "mix": "head", "norm": False},
         {"reduction": "pool", "size": 4},
-        {"r": 3, "norm": True},
-        {"reduction": "pool-conv", "size": 4, "mix": "head", "norm": True},
+        {"reduction": "pool-conv", "size": 4, "mix": "head"},
     )
     needs = frozenset({"grid"})
 
     @property
     def traits(self) -> frozenset[str]:  # type: ignore[override]
         o, held = self.options, {"scaled", "special-set"}
-        if not o.norm and o.reduction != "pool-conv":
+        if not self._norms and o.reduction != "pool-conv":
             held |= {"linear", "averages", "convex"}
-        if not o.norm or o.mix == "head":
+        if not self._norms or o.mix == "head":
             held |= {"heads"}
         if o.reduction != "conv":
             held |= {"mirror"}
         elif o.r == 1:  # softmax attention, until it is trained
-            held |= {"mirror", "every-pair"} | (set() if o.norm else {"key-set", "pointwise"})
+            held |= {"mirror", "every-pair"} | (set() if self._norms else {"key-set", "pointwise"})
         return frozenset(held)
+
+    @property
+    def _norms(self) -> bool:
+        return self.options.norm and self.options.reduction != "pool"
 
     def check(self, layout: TokenLayout, head_dim: int) -> None:
         o, side = self.options, min(layout.grid)
@@ -124,7 +128,7 @@ class Pvt(Mechanism):
             if o.reduction != "pool":
                 cells = o.r**2 if o.reduction == "conv" else 1
                 start["reduction"] = torch.eye(channels).repeat(groups, cells, 1)
-            if o.norm:
+            if self._norms:
                 start["norm_weight"] = torch.ones(groups, channels)
                 start["norm_bias"] = torch.zeros(groups, channels)
             for name, value in start.items():
@@ -172,7 +176,7 @@ class Pvt(Mechanism):
             rows = rows @ weight if o.mix == "head" else (rows[:, 0] @ weight[0])[:, None]
         if o.reduction == "conv":
             rows = rows / self._counts(layout, x)
-        if o.norm:
+        if self._norms:
             gain, bias = (getattr(self, f"{part}_norm_{y}").to(x.dtype) for y in ("weight", "bias"))
             rows = F.layer_norm(rows, rows.shape[-1:]) * gain[:, None] + bias[:, None]
         if o.reduction == "pool-conv":

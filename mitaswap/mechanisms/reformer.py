@@ -35,7 +35,7 @@ class ReformerOptions(Options):
         rounds: hash rounds, whose keys are united.
         share_qk: the paper's shared-QK attention: queries are the mean of q and k, keys are those
             queries at unit length, and a token attends to itself only where it has nothing else.
-            The default keeps q and k apart, as in pretrained models.
+            `false` serves pretrained weights: it keeps q and k apart, as they were trained.
         look: `back` is a query's own chunk and the one before (the paper); `both` also the one
             after.
         across: take all keys of those chunks, whatever their bucket, as the released code can. The
@@ -46,7 +46,7 @@ class ReformerOptions(Options):
     buckets: int = 0
     chunk: int = 32
     rounds: int = 4
-    share_qk: bool = False
+    share_qk: bool = True
     look: Literal["back", "both"] = "back"
     across: bool = False
     seed: int = 0
@@ -63,8 +63,9 @@ class Reformer(Mechanism):
     in each, so that the result is one softmax over the union. A query without any key gets its own
     value.
 
-    The paper has shared-QK attention only, where queries and keys sort alike; the place of a query
-    among separate keys is ours, and becomes the paper's for `share_qk`. Chunks do not wrap around.
+    The paper has shared-QK attention only, where queries and keys sort alike. A trained network
+    hands over q and k; one projection for both is their mean, a linear map like theirs. The place
+    of a query among separate keys (`share_qk=false`) is ours. Chunks do not wrap around.
     Rotations stay the same in training. Special tokens are tokens like others.
     """
 
@@ -78,13 +79,13 @@ class Reformer(Mechanism):
         topology="N-to-rounds",
         source="Kitaev et al. 2020, arXiv 2001.04451, Eq. 4-6 and App. A",
         cost="N rounds chunk d",
-        untrained="usable",
+        untrained="needs finetuning",
     )
     samples = (
         {"chunk": 8, "rounds": 2},
-        {"chunk": 6, "rounds": 3, "buckets": 4, "look": "both", "seed": 1},
-        {"chunk": 8, "rounds": 2, "share_qk": True},
-        {"chunk": 5, "rounds": 1, "across": True},
+        {"chunk": 8, "rounds": 2, "share_qk": False},
+        {"chunk": 6, "rounds": 3, "buckets": 4, "look": "both", "seed": 1, "share_qk": False},
+        {"chunk": 5, "rounds": 1, "across": True, "share_qk": False},
     )
     axes = (("N", "buckets"), ("K", "chunk"))
     rotations: Tensor

@@ -33,8 +33,9 @@ class TttOptions(Options):
         inner: the inner model f_res. `linear`: x W (TTT-Linear); `mlp`: gelu(x W1) W2 (TTT-MLP).
         ratio: hidden width of the MLP over head_dim.
         batch: tokens per inner step, in the order of the sequence; 0 takes all tokens at once.
-        order: `all` reads every query after the last inner step, which suits images; `causal` is
-            the paper's: a query sees the tokens up to its own.
+        order: `all` reads every query after the last inner step; `causal` is the paper's: a query
+            sees the tokens up to its own. That is a language model's mask; a class token in front
+            would see nothing, and no mechanism here has it by default.
         eta: inner learning rate; 0 is the paper's, 1 for `linear` and 0.1 for `mlp`.
         rate: `learned` multiplies eta by sigmoid(w x + b) for each token of the attention module's
             input x, as the paper does; `constant` does not, and needs no x.

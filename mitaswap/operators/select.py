@@ -56,3 +56,16 @@ def best_indices(scores: Tensor, s: int) -> Tensor:
         if i + 1 < s:
             scores = scores.scatter(-1, best, float("-inf"))
     return torch.cat(picked, dim=-1)
+
+
+def best_with(scores: Tensor, always: Tensor, s: int) -> Tensor:
+    """`best_indices`, but some positions are among the s whatever their scores, and come first.
+
+    Args:
+        scores: [..., M].
+        always: these positions, at most s different ones in a row; the same one may stand there
+            twice and is still picked once. int64 [..., n], broadcast over leading axes.
+        s: how many, 1 <= s <= M.
+    """
+    always = always.expand(*scores.shape[:-1], -1)
+    return best_indices(scores.scatter(-1, always, float("inf")), s)

@@ -43,6 +43,16 @@ class Windows:
         """Slots in each window, L."""
         return self.index.shape[1]
 
+    def fixed(self, initial: int, local: int) -> Tensor:
+        """Windows that every patch reads whatever its scores: the `initial` first ones, its own and
+        the local - 1 before it (the first one again where there are none): int64 [patches, initial
+        + local], the same window perhaps twice.
+        """
+        first = torch.arange(initial, device=self.owner.device)
+        back = torch.arange(local, device=self.owner.device)
+        own = (self.owner[:, None] - back).clamp(min=0)
+        return torch.cat([first.expand(own.shape[0], -1), own], dim=-1)
+
     def split(self, x: Tensor) -> Tensor:
         """The windows' rows of x [B, H, N, D], fillers among them: [B, H, M, L, D]."""
         return x.index_select(2, self.index.flatten()).unflatten(2, self.index.shape)

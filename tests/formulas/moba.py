@@ -43,7 +43,7 @@ def windows(layout: TokenLayout, shape: tuple[int, int]) -> list[list[int]]:
 def moba(
     shape: int | tuple[int, int],
     routed: int,
-    own: bool = False,
+    own: bool = True,
     pool_sum: bool = False,
     special_keys: bool = True,
 ) -> Formula:
@@ -90,23 +90,29 @@ CASES = [
     Case("moba(n=3,k=1)", moba(3, 1)),
     Case("moba(n=4,k=2)", moba(4, 2), TAIL, 24),
     Case("moba(n=4,k=3)", moba(4, 3), DEEP, 72),
-    Case("moba(n=5,k=2,own=true)", moba(5, 2, own=True), BOTH),
-    Case("moba(n=4,k=1,own=true)", moba(4, 1, own=True), BARE, 24, scale=0.7),
+    Case("moba(n=5,k=2)", moba(5, 2), BOTH),
+    Case("moba(n=4,k=1)", moba(4, 1), BARE, 24, scale=0.7),
     Case("moba(n=5,k=5)", moba(5, 5), BOTH, scale=0.3),
     Case("moba(n=6,k=2,blocks=windows)", moba((2, 3), 2), BOTH),
     Case("moba(n=8,k=3,blocks=windows,pool=2x4)", moba((2, 4), 3), TAIL),
-    Case("moba(n=8,k=3,blocks=windows,pool=4x2)", moba((4, 2), 3), TAIL, 72),
-    Case("moba(n=6,k=3,blocks=windows,own=true)", moba((2, 3), 3, own=True), DEEP, scale=0.5),
-    Case("moba(n=4,k=2,blocks=windows)", moba((2, 2), 2), EVEN),
-    Case("moba(n=4,k=2)", moba(4, 2), BOTH, 8, 0.25, "constant"),
-    Case("moba(n=4,k=2,blocks=windows,own=true)", moba((2, 2), 2, True), EVEN, 8, 0.5, "constant"),
+    Case("moba(n=6,k=3,blocks=windows)", moba((2, 3), 3), DEEP, scale=0.5),
+    Case("moba(n=4,k=2,blocks=windows)", moba((2, 2), 2), EVEN, 8, 0.5, "constant"),
+    Case("moba(n=3,k=1,own=false)", moba(3, 1, own=False)),
+    Case("moba(n=4,k=2,own=false)", moba(4, 2, own=False), TAIL, 24),
+    Case("moba(n=4,k=3,own=false)", moba(4, 3, own=False), DEEP, 72),
+    Case("moba(n=5,k=5,own=false)", moba(5, 5, own=False), BOTH, scale=0.3),
+    Case("moba(n=6,k=2,blocks=windows,own=false)", moba((2, 3), 2, own=False), BOTH),
+    Case("moba(n=8,k=3,blocks=windows,pool=4x2,own=false)", moba((4, 2), 3, own=False), TAIL, 72),
+    Case("moba(n=4,k=2,blocks=windows,own=false)", moba((2, 2), 2, own=False), EVEN),
+    Case("moba(n=4,k=2,own=false)", moba(4, 2, own=False), BOTH, 8, 0.25, "constant"),
 ]
 
 #: a mechanism beside a formula that differs from its own in one detail
 NEAR_MISSES = {
     "one block more": Case("moba(n=4,k=2)", moba(4, 3)),
     "windows transposed": Case("moba(n=8,k=3,blocks=windows,pool=2x4)", moba((4, 2), 3), TAIL),
-    "own block guaranteed": Case("moba(n=4,k=2)", moba(4, 2, own=True)),
+    "own block not guaranteed": Case("moba(n=4,k=2)", moba(4, 2, own=False)),
+    "own block guaranteed": Case("moba(n=4,k=2,own=false)", moba(4, 2)),
     "sums of keys": Case("moba(n=4,k=2)", moba(4, 2, pool_sum=True), DEEP),
     "patches blind to special tokens": Case("moba(n=4,k=2)", moba(4, 2, special_keys=False)),
 }

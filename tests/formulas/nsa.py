@@ -66,12 +66,12 @@ def nsa(
     count: int,
     around: int,
     raster: bool = False,
-    own: bool = True,
+    local: int = 2,
     shared: bool = False,
     special: bool = True,
     positions: bool = True,
-    initial: int = 0,
-    apart: bool = False,
+    initial: int = 1,
+    apart: bool = True,
     plain_queries: bool = True,
 ) -> Formula:
     """o = g_cmp o_cmp + g_slc o_slc + g_win o_win for patches, softmax attention for special
@@ -80,7 +80,7 @@ def nsa(
     Args:
         side: of a block; count: blocks per query; around: side of the neighbourhood.
         raster: blocks and neighbourhoods along the raster.
-        own: the query's own block is one of those selected.
+        local: number of blocks up to the query's own, itself among them, that it selects.
         shared: one selection for all heads.
         special: False hides special tokens from the selected branch: a control.
         positions: False leaves out the places within blocks: a control.
@@ -160,10 +160,10 @@ def nsa(
                     scores = importance[h].clone()
                     for m in range(initial):
                         scores[m] = math.inf
-                    if own:
-                        for m, block in enumerate(blocks):
-                            if t in [token for token, _ in block]:
-                                scores[m] = math.inf
+                    for m, block in enumerate(blocks):
+                        if t in [token for token, _ in block]:
+                            for other in range(max(m - local + 1, 0), m + 1):
+                                scores[other] = math.inf
                     selected = [token for m in largest(scores, count) for token, _ in blocks[m]]
                     keys = torch.cat([small[h][0], keys_of[0][h, specials]])
                     values = torch.cat([small[h][1], values_of[0][h, specials]])
@@ -186,81 +186,114 @@ def nsa(
     return formula
 
 
+#: one projection for all branches, and of the blocks only the query's own is fixed
+ONE = {"initial": 0, "local": 1, "apart": False}
+FREE = {"initial": 0, "local": 0, "apart": False}
+
 CASES = [
-    Case("nsa(block=2,k=2,window=3)", nsa(2, 2, 3)),
-    Case("nsa(block=2,k=3,window=5)", nsa(2, 3, 5), TAIL, 24),
-    Case("nsa(block=3,k=2,window=3)", nsa(3, 2, 3), BOTH, scale=0.6),
-    Case("nsa(block=1,k=4,window=1)", nsa(1, 4, 1), DEEP),
+    Case("nsa(block=2,k=4,window=3)", nsa(2, 4, 3)),
+    Case("nsa(block=2,k=5,window=5)", nsa(2, 5, 5), TAIL, 24),
+    Case("nsa(block=3,k=4,window=3)", nsa(3, 4, 3), BOTH, scale=0.6),
+    Case("nsa(block=1,k=5,window=1)", nsa(1, 5, 1), DEEP),
     Case("nsa(block=2,k=6,window=3)", nsa(2, 6, 3), BARE),
-    Case("nsa(block=2,k=1,window=3)", nsa(2, 1, 3), EVEN, 72),
-    Case("nsa(block=2,k=2,window=3,own=false)", nsa(2, 2, 3, own=False), DEEP, scale=0.3),
-    Case("nsa(block=2,choice=shared,k=2,window=3)", nsa(2, 2, 3, shared=True), BOTH),
+    Case("nsa(block=2,k=3,window=3)", nsa(2, 3, 3), EVEN, 72),
+    Case("nsa(block=2,choice=shared,k=4,window=3)", nsa(2, 4, 3, shared=True), BOTH),
+    Case("nsa(block=2,blocks=raster,k=4,window=3)", nsa(2, 4, 3, raster=True), BOTH),
+    Case("nsa(block=3,compress=mean,k=3,window=7)", nsa(3, 3, 7), TokenLayout(1, (5, 4), 2)),
+    Case("nsa(block=2,k=4,window=3)", nsa(2, 4, 3), BOTH, built=TokenLayout(1, (3, 5))),
+    Case("nsa(block=2,k=4,window=3,local=1)", nsa(2, 4, 3, local=1), BOTH),
+    Case("nsa(block=2,k=4,window=3,local=0)", nsa(2, 4, 3, local=0), DEEP, scale=0.3),
+    Case("nsa(block=2,k=4,window=3,local=3)", nsa(2, 4, 3, local=3), TAIL),
+    Case("nsa(block=2,k=3,window=3,first=0)", nsa(2, 3, 3, initial=0), BOTH),
+    Case("nsa(block=2,k=5,window=3,first=3)", nsa(2, 5, 3, initial=3), EVEN, 24),
+    Case("nsa(block=2,k=6,window=3,first=2,local=4)", nsa(2, 6, 3, initial=2, local=4), BOTH),
     Case(
-        "nsa(block=2,choice=shared,compress=mean,k=3,own=false,window=3)",
-        nsa(2, 3, 3, own=False, shared=True),
-        TAIL,
-    ),
-    Case("nsa(block=2,blocks=raster,k=2,window=3)", nsa(2, 2, 3, raster=True), BOTH),
-    Case(
-        "nsa(block=2,blocks=raster,compress=mean,k=2,own=false,window=1)",
-        nsa(2, 2, 1, raster=True, own=False),
-        BARE,
-        24,
-    ),
-    Case("nsa(block=3,compress=mean,k=2,window=7)", nsa(3, 2, 7), TokenLayout(1, (5, 4), 2)),
-    Case(
-        "nsa(block=2,compress=mean,k=2,own=false,window=3)",
-        nsa(2, 2, 3, own=False),
+        "nsa(block=2,k=4,window=3,projections=site,compress=mean)",
+        nsa(2, 4, 3, apart=False),
         BOTH,
         8,
         0.25,
         "constant",
     ),
-    Case("nsa(block=2,k=2,window=3)", nsa(2, 2, 3), BOTH, built=TokenLayout(1, (3, 5))),
-    Case("nsa(block=2,k=3,window=3,first=1)", nsa(2, 3, 3, initial=1), BOTH),
-    Case("nsa(block=2,k=3,window=3,first=2)", nsa(2, 3, 3, initial=2), EVEN, 24),
     Case(
-        "nsa(block=2,blocks=raster,k=2,window=3,first=2,own=false,compress=mean)",
-        nsa(2, 2, 3, raster=True, own=False, initial=2),
-        BARE,
-    ),
-    Case(
-        "nsa(block=2,k=3,window=3,first=1,choice=shared)",
-        nsa(2, 3, 3, shared=True, initial=1),
+        "nsa(block=2,k=4,window=3,projections=site,choice=shared)",
+        nsa(2, 4, 3, shared=True, apart=False),
         TAIL,
         8,
         0.25,
         "constant",
     ),
-    Case("nsa(block=2,k=2,window=3,projections=branch)", nsa(2, 2, 3, apart=True), DEEP),
     Case(
-        "nsa(block=2,k=3,window=3,compress=mean,own=false,projections=branch)",
-        nsa(2, 3, 3, own=False, apart=True),
+        "nsa(block=2,k=3,window=3,compress=mean,first=0,local=0)",
+        nsa(2, 3, 3, initial=0, local=0),
         BOTH,
         scale=0.2,
         built=TokenLayout(1, (3, 5)),
     ),
-    Case("nsa(block=3,k=2,window=3,projections=branch)", nsa(3, 2, 3, apart=True), BARE),
+    Case("nsa(block=2,k=2,window=3,first=0,local=1,projections=site)", nsa(2, 2, 3, **ONE)),
+    Case(
+        "nsa(block=2,k=3,window=5,first=0,local=1,projections=site)",
+        nsa(2, 3, 5, **ONE),
+        TAIL,
+        24,
+    ),
+    Case(
+        "nsa(block=2,k=1,window=3,first=0,local=1,projections=site)",
+        nsa(2, 1, 3, **ONE),
+        EVEN,
+        72,
+    ),
+    Case(
+        "nsa(block=2,blocks=raster,k=2,window=3,first=0,local=1,projections=site)",
+        nsa(2, 2, 3, raster=True, **ONE),
+        BOTH,
+        built=TokenLayout(1, (3, 5)),
+    ),
+    Case(
+        "nsa(block=2,choice=shared,compress=mean,k=3,first=0,local=0,window=3,projections=site)",
+        nsa(2, 3, 3, shared=True, **FREE),
+        TAIL,
+    ),
+    Case(
+        "nsa(block=2,blocks=raster,compress=mean,k=2,first=0,local=0,window=1,projections=site)",
+        nsa(2, 2, 1, raster=True, **FREE),
+        BARE,
+        24,
+    ),
+    Case(
+        "nsa(block=2,compress=mean,k=2,first=0,local=0,window=3,projections=site)",
+        nsa(2, 2, 3, **FREE),
+        BOTH,
+        8,
+        0.25,
+        "constant",
+    ),
+    Case(
+        "nsa(block=2,blocks=raster,k=2,window=3,first=2,local=0,compress=mean,projections=site)",
+        nsa(2, 2, 3, raster=True, initial=2, local=0, apart=False),
+        BARE,
+    ),
 ]
 
 #: a mechanism beside a formula that differs from its own in one detail
 NEAR_MISSES = {
-    "one block more": Case("nsa(block=2,k=2,window=3)", nsa(2, 3, 3)),
-    "own block not fixed": Case("nsa(block=2,k=2,window=3)", nsa(2, 2, 3, own=False), TAIL),
-    "heads select together": Case("nsa(block=2,k=2,window=3)", nsa(2, 2, 3, shared=True), TAIL),
-    "no positions in blocks": Case("nsa(block=2,k=2,window=3)", nsa(2, 2, 3, positions=False)),
+    "one block more": Case("nsa(block=2,k=4,window=3)", nsa(2, 5, 3)),
+    "own block not fixed": Case(
+        "nsa(block=2,k=2,window=3,first=0,local=1)", nsa(2, 2, 3, initial=0, local=0), TAIL
+    ),
+    "block before the own not fixed": Case(
+        "nsa(block=2,k=4,window=3)", nsa(2, 4, 3, local=1), BOTH
+    ),
+    "one more local block": Case("nsa(block=2,k=5,window=3)", nsa(2, 5, 3, local=3), BOTH),
+    "heads select together": Case("nsa(block=2,k=4,window=3)", nsa(2, 4, 3, shared=True), TAIL),
+    "no positions in blocks": Case("nsa(block=2,k=4,window=3)", nsa(2, 4, 3, positions=False)),
     "selection without special tokens": Case(
-        "nsa(block=2,k=2,window=3)", nsa(2, 2, 3, special=False)
+        "nsa(block=2,k=4,window=3)", nsa(2, 4, 3, special=False)
     ),
-    "first block not fixed": Case("nsa(block=2,k=2,window=3,first=1)", nsa(2, 2, 3), BOTH),
-    "one more block fixed": Case(
-        "nsa(block=2,k=3,window=3,first=1)", nsa(2, 3, 3, initial=2), EVEN
-    ),
-    "one projection for all branches": Case(
-        "nsa(block=2,k=2,window=3,projections=branch)", nsa(2, 2, 3)
-    ),
+    "first block not fixed": Case("nsa(block=2,k=3,window=3)", nsa(2, 3, 3, initial=0), BOTH),
+    "one more block fixed": Case("nsa(block=2,k=5,window=3)", nsa(2, 5, 3, initial=2), EVEN),
+    "one projection for all branches": Case("nsa(block=2,k=4,window=3)", nsa(2, 4, 3, apart=False)),
     "special queries read a branch's projection": Case(
-        "nsa(block=2,k=2,window=3,projections=branch)",
-        nsa(2, 2, 3, apart=True, plain_queries=False),
+        "nsa(block=2,k=4,window=3)", nsa(2, 4, 3, plain_queries=False)
     ),
 }

@@ -80,7 +80,7 @@ def nystrom(
     marks: Marks,
     iterations: int | None = 6,
     released: bool = False,
-    conv: bool = False,
+    conv: bool = True,
     plain_mean: bool = False,
     one_kernel: bool = False,
     turned: bool = False,
@@ -93,7 +93,8 @@ def nystrom(
         marks: landmarks Q~ of the queries and K~ of the keys.
         iterations: of the inverse; None takes the exact one.
         released: one norm in Z_0 for the whole batch.
-        conv: adds V convolved along the sequence, special tokens included.
+        conv: adds V convolved along the sequence, special tokens included; the kernel's size is
+            that of the parameter.
         plain_mean: Z = I / m, no inverse: a control.
         one_kernel: all heads take the first head's kernel: a control.
         turned: the kernel back to front: a control.
@@ -139,44 +140,53 @@ def nystrom(
 CASES = [
     Case("nystrom(m=4)", nystrom(segments(4))),
     Case("nystrom(m=5)", nystrom(segments(5)), TAIL, 24),
-    Case("nystrom(m=7)", nystrom(segments(7)), DEEP, scale=0.7),
-    Case("nystrom(m=5,iterations=3)", nystrom(segments(5), 3), BOTH, 72),
-    Case("nystrom(m=1)", nystrom(segments(1)), BARE),
-    Case("nystrom(m=15)", nystrom(segments(15)), BARE),
     Case("nystrom(m=6,landmarks=windows)", nystrom(tiles((2, 3))), BOTH, scale=0.4),
-    Case("nystrom(m=6,landmarks=windows)", nystrom(tiles((2, 3))), DEEP, 24),
-    Case("nystrom(m=4,inverse=exact)", nystrom(segments(4), None), room=1e-8),
-    Case(
-        "nystrom(m=6,inverse=exact,landmarks=windows)",
-        nystrom(tiles((2, 3)), None),
-        TAIL,
-        scale=0.9,
-        room=1e-8,
-    ),
-    Case("nystrom(m=5,scaling=released)", nystrom(segments(5), released=True), BOTH),
-    Case(
-        "nystrom(m=6,iterations=2,landmarks=windows,scaling=released)",
-        nystrom(tiles((2, 3)), 2, released=True),
-        DEEP,
-        scale=0.8,
-    ),
-    Case("nystrom(m=5,conv=3)", nystrom(segments(5), conv=True), BOTH),
-    Case("nystrom(m=4,conv=7)", nystrom(segments(4), conv=True), BARE, 24),
-    Case("nystrom(m=4,conv=1)", nystrom(segments(4), conv=True), TAIL, scale=0.5),
+    Case("nystrom(m=5,conv=3)", nystrom(segments(5)), BOTH),
+    Case("nystrom(m=4,conv=7)", nystrom(segments(4)), BARE, 24),
+    Case("nystrom(m=4,conv=1)", nystrom(segments(4)), TAIL, scale=0.5),
     # longer than both sides of the sequence
-    Case("nystrom(m=5,conv=35)", nystrom(segments(5), conv=True), DEEP),
+    Case("nystrom(m=5,conv=35)", nystrom(segments(5)), DEEP),
     Case(
         "nystrom(m=6,conv=5,iterations=3,landmarks=windows,scaling=released)",
-        nystrom(tiles((2, 3)), 3, released=True, conv=True),
+        nystrom(tiles((2, 3)), 3, released=True),
         BOTH,
         72,
     ),
     Case(
         "nystrom(m=4,conv=9,inverse=exact)",
-        nystrom(segments(4), None, conv=True),
+        nystrom(segments(4), None),
         BOTH,
         built=PLAIN,
         room=1e-8,
+    ),
+    Case("nystrom(m=4,conv=0)", nystrom(segments(4), conv=False)),
+    Case("nystrom(m=5,conv=0)", nystrom(segments(5), conv=False), TAIL, 24),
+    Case("nystrom(m=7,conv=0)", nystrom(segments(7), conv=False), DEEP, scale=0.7),
+    Case("nystrom(m=5,iterations=3,conv=0)", nystrom(segments(5), 3, conv=False), BOTH, 72),
+    Case("nystrom(m=1,conv=0)", nystrom(segments(1), conv=False), BARE),
+    Case("nystrom(m=15,conv=0)", nystrom(segments(15), conv=False), BARE),
+    Case(
+        "nystrom(m=6,landmarks=windows,conv=0)", nystrom(tiles((2, 3)), conv=False), BOTH, scale=0.4
+    ),
+    Case("nystrom(m=6,landmarks=windows,conv=0)", nystrom(tiles((2, 3)), conv=False), DEEP, 24),
+    Case("nystrom(m=4,inverse=exact,conv=0)", nystrom(segments(4), None, conv=False), room=1e-8),
+    Case(
+        "nystrom(m=6,inverse=exact,landmarks=windows,conv=0)",
+        nystrom(tiles((2, 3)), None, conv=False),
+        TAIL,
+        scale=0.9,
+        room=1e-8,
+    ),
+    Case(
+        "nystrom(m=5,scaling=released,conv=0)",
+        nystrom(segments(5), released=True, conv=False),
+        BOTH,
+    ),
+    Case(
+        "nystrom(m=6,iterations=2,landmarks=windows,scaling=released,conv=0)",
+        nystrom(tiles((2, 3)), 2, released=True, conv=False),
+        DEEP,
+        scale=0.8,
     ),
 ]
 
@@ -187,17 +197,11 @@ NEAR_MISSES = {
     "segments for windows": Case("nystrom(m=6,landmarks=windows)", nystrom(segments(6)), BOTH),
     "exact inverse": Case("nystrom(m=5,iterations=3)", nystrom(segments(5), None)),
     "no inverse": Case("nystrom(m=5)", nystrom(segments(5), plain_mean=True)),
-    "no convolution": Case("nystrom(m=5,conv=3)", nystrom(segments(5)), BOTH),
-    "one kernel for all heads": Case(
-        "nystrom(m=5,conv=3)", nystrom(segments(5), conv=True, one_kernel=True), BOTH
-    ),
-    "kernel back to front": Case(
-        "nystrom(m=5,conv=3)", nystrom(segments(5), conv=True, turned=True), BOTH
-    ),
-    "kernel off its centre": Case(
-        "nystrom(m=5,conv=3)", nystrom(segments(5), conv=True, shift=1), BOTH
-    ),
+    "no convolution": Case("nystrom(m=5)", nystrom(segments(5), conv=False), BOTH),
+    "one kernel for all heads": Case("nystrom(m=5)", nystrom(segments(5), one_kernel=True), BOTH),
+    "kernel back to front": Case("nystrom(m=5)", nystrom(segments(5), turned=True), BOTH),
+    "kernel off its centre": Case("nystrom(m=5,conv=3)", nystrom(segments(5), shift=1), BOTH),
     "convolution without special tokens": Case(
-        "nystrom(m=5,conv=3)", nystrom(segments(5), conv=True, patches_only=True), BOTH
+        "nystrom(m=5,conv=3)", nystrom(segments(5), patches_only=True), BOTH
     ),
 }

@@ -34,7 +34,7 @@ def reformer(
     chunk: int,
     buckets: int = 0,
     rounds: int = 4,
-    shared: bool = False,
+    shared: bool = True,
     ahead: bool = False,
     across: bool = False,
     seed: int = 0,
@@ -113,25 +113,56 @@ CASES = [
     Case("reformer(chunk=8,rounds=1)", reformer(8, rounds=1), TAIL, 24),
     Case("reformer(chunk=5,rounds=2)", reformer(5, rounds=2), DEEP, 72),
     Case("reformer(chunk=16,rounds=3)", reformer(16, rounds=3)),
-    Case("reformer(chunk=1,rounds=2,buckets=4)", reformer(1, 4, 2), BARE),
-    Case("reformer(chunk=6,buckets=2)", reformer(6, 2), BOTH, scale=0.7),
-    Case("reformer(chunk=4,rounds=1,buckets=30)", reformer(4, 30, 1), DEEP),
-    Case("reformer(chunk=4,rounds=2,look=both)", reformer(4, rounds=2, ahead=True), BARE, 24),
-    Case("reformer(chunk=5,rounds=2,across=true)", reformer(5, rounds=2, across=True), TAIL),
-    Case("reformer(chunk=4,share_qk=true)", reformer(4, shared=True), DEEP, scale=0.6),
+    Case("reformer(chunk=4)", reformer(4), DEEP, scale=0.6),
+    Case("reformer(chunk=3,rounds=1,buckets=12)", reformer(3, 12, 1), BARE, 24),
     Case(
-        "reformer(chunk=3,rounds=1,buckets=12,share_qk=true)",
-        reformer(3, 12, 1, shared=True),
-        BARE,
-        24,
-    ),
-    Case(
-        "reformer(chunk=3,rounds=2,share_qk=true,look=both,across=true,seed=5)",
-        reformer(3, rounds=2, shared=True, ahead=True, across=True, seed=5),
+        "reformer(chunk=3,rounds=2,look=both,across=true,seed=5)",
+        reformer(3, rounds=2, ahead=True, across=True, seed=5),
         BOTH,
     ),
     Case("reformer(chunk=4,seed=3)", reformer(4, seed=3, built=WIDER), built=WIDER),
     Case("reformer(chunk=4,rounds=2)", reformer(4, rounds=2), PLAIN, 8, 0.25, "constant"),
+    Case("reformer(chunk=4,share_qk=false)", reformer(4, shared=False)),
+    Case("reformer(chunk=8,rounds=1,share_qk=false)", reformer(8, rounds=1, shared=False), TAIL),
+    Case(
+        "reformer(chunk=5,rounds=2,share_qk=false)", reformer(5, rounds=2, shared=False), DEEP, 72
+    ),
+    Case("reformer(chunk=16,rounds=3,share_qk=false)", reformer(16, rounds=3, shared=False)),
+    Case(
+        "reformer(chunk=1,rounds=2,buckets=4,share_qk=false)", reformer(1, 4, 2, shared=False), BARE
+    ),
+    Case(
+        "reformer(chunk=6,buckets=2,share_qk=false)", reformer(6, 2, shared=False), BOTH, scale=0.7
+    ),
+    Case(
+        "reformer(chunk=4,rounds=1,buckets=30,share_qk=false)",
+        reformer(4, 30, 1, shared=False),
+        DEEP,
+    ),
+    Case(
+        "reformer(chunk=4,rounds=2,look=both,share_qk=false)",
+        reformer(4, rounds=2, ahead=True, shared=False),
+        BARE,
+        24,
+    ),
+    Case(
+        "reformer(chunk=5,rounds=2,across=true,share_qk=false)",
+        reformer(5, rounds=2, across=True, shared=False),
+        TAIL,
+    ),
+    Case(
+        "reformer(chunk=4,seed=3,share_qk=false)",
+        reformer(4, seed=3, shared=False, built=WIDER),
+        built=WIDER,
+    ),
+    Case(
+        "reformer(chunk=4,rounds=2,share_qk=false)",
+        reformer(4, rounds=2, shared=False),
+        PLAIN,
+        8,
+        0.25,
+        "constant",
+    ),
 ]
 
 #: a mechanism beside a formula that differs from its own in one detail
@@ -142,12 +173,12 @@ NEAR_MISSES = {
     "keys counted in every round": Case("reformer(chunk=8)", reformer(8, every_round=True)),
     "keys of other buckets": Case("reformer(chunk=4)", reformer(4, across=True)),
     "next chunk": Case("reformer(chunk=4,buckets=2)", reformer(4, 2, ahead=True)),
+    "next chunk, separate keys": Case(
+        "reformer(chunk=4,buckets=2,share_qk=false)", reformer(4, 2, ahead=True, shared=False)
+    ),
     "other rotations": Case("reformer(chunk=4)", reformer(4, seed=1)),
     "half of the buckets": Case("reformer(chunk=4)", reformer(4, both_signs=False)),
-    "shared token reads itself": Case(
-        "reformer(chunk=4,share_qk=true)", reformer(4, shared=True, itself=True)
-    ),
-    "shared keys at their length": Case(
-        "reformer(chunk=4,share_qk=true)", reformer(4, shared=True, unit_keys=False)
-    ),
+    "separate queries and keys": Case("reformer(chunk=4)", reformer(4, shared=False)),
+    "shared token reads itself": Case("reformer(chunk=4)", reformer(4, itself=True)),
+    "shared keys at their length": Case("reformer(chunk=4)", reformer(4, unit_keys=False)),
 }
