@@ -144,25 +144,27 @@ def _probe(q: Tensor, k: Tensor, v: Tensor, sizes: Sizes, scale: float, saved: S
     block_d = _power(dim, 16)
     parts = pool_parts(bh, tokens, m)
     marks = saved.exact
-    sums = marks if parts == 1 else _floats(q, bh, m, parts, dim)
+    # landmarks as sums of terms in q's dtype, so that tensor cores multiply them about exactly
+    rest = q.new_empty({torch.float32: 0, torch.float16: 1}.get(q.dtype, 2), bh, m, dim)
+    terms, sums = (saved.marks, rest, bh * m * dim), marks
+    if parts > 1:
+        sums = _floats(q, bh, m, parts, dim)
     pool_kernel[(bh * m * parts,)](
-        q, sums, saved.marks, *q.stride()[:3], heads, m, parts, sizes.first, sizes.height,
+        q, sums, *terms, *q.stride()[:3], heads, m, parts, sizes.first, sizes.height,
         sizes.width, sizes.a, sizes.b, D=dim, BLOCK_D=block_d, BLOCK_R=16 if tokens < 2048 else 64,
         num_warps=1 if tokens < 8192 else 4,
     )  # fmt: skip
     if parts > 1:
-        marks_kernel[(bh * m,)](
-            sums, marks, saved.marks, parts, D=dim, BLOCK_D=block_d, num_warps=1
-        )
+        marks_kernel[(bh * m,)](sums, marks, *terms, parts, D=dim, BLOCK_D=block_d, num_warps=1)
 
     wide = q.dtype == torch.float32 or block_d > 64
     # With four warps and blocks of 16 landmarks, ptxas (Triton 3.6, sm_90a) takes descriptors of
     # the product that ranks queries from a register nobody wrote, in some shapes: queries are lost
-    # from the sorted order, and what attends follows whatever lies there. 32 and eight warps are
-    # right.
+    # from the sorted order, and what attends follows whatever lies there. 32 are right.
     block_m = min(_power(m, 16 if wide else 32), 64 if wide else 128)
     blocks_m = _ceil(m, block_m)
-    # four programs of 128 registers on a multiprocessor; larger blocks of landmarks would spill
+    # blocks of 32 landmarks are too few rows for a warp group's product: two warps, that exchange
+    # less, and six programs on a multiprocessor
     narrow = not wide and block_m <= 32
     tile = max(512, _power(_ceil(tokens, 128)))
     tiles = _ceil(tokens, tile)
@@ -176,29 +178,31 @@ def _probe(q: Tensor, k: Tensor, v: Tensor, sizes: Sizes, scale: float, saved: S
     # scores of all heads at once where they are small, else of as many as memory is given to
     allowed = max(SCORES_LEAST, int(SCORES_SHARE * q.numel() * q.element_size()))
     chunk = max(1, min(bh, allowed // (m * tokens * 4))) if routed else bh
-    scores = _floats(q, chunk if routed else 0, m, tokens)
-    peaks = _floats(q, chunk if group > 1 else 0, m, groups)
+    # rows begin at multiples of 64 bytes
+    row, peak_row = _ceil(tokens, 16) * 16, _ceil(groups, 16) * 16
+    scores = _floats(q, chunk if routed else 0, m, row)
+    peaks = _floats(q, chunk if group > 1 else 0, m, peak_row)
     picked = choice.new_empty(chunk if group > 1 else 0, m, top)
     block_l, block_c = _power(groups), _power(max(1, top * group)) if group > 1 else 1
     for first in range(0, bh, chunk):
         now = min(chunk, bh - first)
         probe_kernel[(now * tiles, blocks_m + routed)](
-            q, k, v, marks, scores, peaks, part_v, part_top[0], part_top[1],
+            q, k, v, *terms, scores, peaks, part_v, part_top[0], part_top[1],
             choice[0], choice[1], hist[0], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-            heads, tokens, m, tiles, groups, first, scale,
+            row, peak_row, heads, tokens, m, tiles, first, scale,
             S=s, G=group, D=dim, BLOCK_D=block_d, BLOCK_M=block_m, BLOCKS_M=blocks_m,
-            BLOCK_N=64, TILE=tile, ROUTED=routed, SHARED=shared,
-            num_warps=8 if wide else 4, num_stages=2 if wide or block_m > 64 else 3,
-            maxnreg=128 if narrow else None,
+            BLOCK_N=64, TILE=tile, ROUTED=routed, SHARED=shared, SIGN=(scale > 0) - (scale < 0),
+            num_warps=8 if wide else 2 if narrow else 4, num_stages=2 if wide or narrow else 3,
+            maxnreg=168 if narrow else None,
         )  # fmt: skip
         settle_kernel[(now * m + now * tiles * routed,)](
             scores, peaks, picked, saved.members, part_v, part_top[0], part_top[1], saved.values,
             saved.probe_lse, choice[0], choice[1], hist[0], hist[1], saved.starts, saved.order,
-            tokens, m, groups, tiles, tile, now * m, first,
+            row, peak_row, tokens, m, groups, tiles, tile, now * m, first, scale,
             K=top, S=s, G=group, D=dim, BLOCK_D=block_d, BLOCK_L=block_l, BLOCK_C=block_c,
             BLOCK_T=min(32, _power(tiles)), BLOCK_E=_power(m), BLOCK_H=min(32, _power(tiles)),
             BLOCK_I=256, ROUTED=routed, SHARED=shared,
-            num_warps=min(16, max(1, max(block_l, block_c) // 512)),
+            num_warps=min(16, max(1, max(block_l, block_c) // 2048)),
         )  # fmt: skip
 
 
@@ -222,15 +226,17 @@ def attend_forward(
     # between the two, tiles of 32 would fit better, but are slower than either
     tile = 16 if routed and tokens * s <= 32 * m else 64
     tiles = s * tokens // tile + m if routed else _ceil(tokens, tile)
-    if routed and s == 1 and tokens <= 2048 and max(m, top) <= 32 and block_d <= 128:
-        programs = max(4, tokens // 128)
+    half, widest = q.element_size() == 2, max(m, top)
+    fits = widest <= (64 if half and block_d <= 64 else 32) and block_d <= 128
+    if routed and s == 1 and tokens <= 4096 and fits:
+        programs = max(4, tokens // (128 if tokens <= 2048 else 256))
         walk_kernel[(bh * programs,)](
             q, k, v, saved.marks, saved.values, saved.members, saved.starts, saved.order, out,
             saved.lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
             heads, tokens, programs, scale, again,
             M=m, K=top, D=dim, BLOCK_D=block_d, T=tile, BLOCK_M=_power(m, 16),
             BLOCK_K=_power(top, 16), SHARED=bool(sizes.shared), SAVE=save,
-            num_warps=4 if tile > 16 else 1, num_stages=1,
+            num_warps=4 if tile > 16 else 1, num_stages=3 if half else 1,
         )  # fmt: skip
         return out, saved
     several = routed and s > 1
@@ -244,7 +250,7 @@ def attend_forward(
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *so, part,
         heads, tokens, tiles, scale, again,
         M=m, K=top, S=s if routed else 1, D=dim, BLOCK_D=block_d, T=tile, BLOCK_E=_power(m),
-        BLOCK_C=min(64, _power(m * sizes.shared + top, 16)),
+        BLOCK_C=min(128 if tile > 16 and block_d <= 64 else 64, _power(m * sizes.shared + top, 16)),
         ROUTED=routed, SHARED=bool(sizes.shared), SAVE=save or several,
         num_warps=4 if tile > 16 else 1,
     )  # fmt: skip

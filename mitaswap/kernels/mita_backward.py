@@ -13,7 +13,6 @@ from mitaswap.kernels.mita_attend import find_tile, load_entries, load_items
 from mitaswap.kernels.mita_parts import (
     LOG2E,
     head_offset,
-    load_marks,
     load_rows,
     product,
     product_onto,
@@ -164,13 +163,14 @@ def landmark_backward_kernel(
             values = load_rows(vb, n, svn, ok, D, BLOCK_D)
             for b in range(BLOCKS_M):
                 row = b * BLOCK_M + tl.arange(0, BLOCK_M)
-                mark = load_marks(marks, b * BLOCK_M, M, 1, D, BLOCK_M, BLOCK_D)
+                mark = load_rows(marks, row, D, row < M, D, BLOCK_D)
                 hi, mid, lo = split(mark, dtype)
                 read = load_rows(dread, row, D, row < M, D, BLOCK_D)
                 total = tl.load(probe_lse + head * M + row, mask=row < M, other=float("inf"))
                 dot = tl.load(dprobe + head * M + row, mask=row < M, other=0.0)
-                s = routing_scores(keys, hi, mid, lo) * scale
-                weights = tl.where(ok[:, None], tl.exp(s - total[None, :]), 0.0)
+                s = routing_scores(keys, hi, mid, lo, tl.zeros([1, BLOCK_M], tl.float32))
+                logits = s * (scale * LOG2E) - (total * LOG2E)[None, :]
+                weights = tl.where(ok[:, None], tl.exp2(logits), 0.0)
                 dvalue += wide_product(weights, read, PRECISION)
                 dp = wide_product(values.to(tl.float32), tl.trans(read), PRECISION)
                 ds = weights * (dp - dot[None, :]) * scale

@@ -44,18 +44,6 @@ def store_rows(base, rows, stride, ok, x, D: tl.constexpr, BLOCK_D: tl.constexpr
 
 
 @triton.jit
-def load_marks(sums, m0, M, P, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Landmarks m0 ... of one head, float32 [BLOCK_M, BLOCK_D], from their P partial averages
-    [M, P, D]; always added in the same order.
-    """
-    row = m0 + tl.arange(0, BLOCK_M)
-    marks = load_rows(sums, row * P, D, row < M, D, BLOCK_D)
-    for part in range(1, P):
-        marks += load_rows(sums, row * P + part, D, row < M, D, BLOCK_D)
-    return marks
-
-
-@triton.jit
 def split(x, dtype: tl.constexpr):
     """x (float32) as up to three terms of `dtype` whose products with `dtype` operands can be
     summed in float32 to about float32 precision: a landmark rounded to half precision would pick
@@ -94,30 +82,67 @@ def product_onto(a, b, acc):
 
 
 @triton.jit
-def landmark_scores(hi, mid, lo, x):
-    """Landmarks (split) times the rows of x [N, D]: float32 [M, N]."""
+def load_terms(
+    low, rest, apart, m0, M, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """The terms (`split`) of the landmarks m0 ... of one head: the first from low [M, D], the
+    others from rest, `apart` numbers from one to the next.
+    """
+    row = m0 + tl.arange(0, BLOCK_M)
+    hi = load_rows(low, row, D, row < M, D, BLOCK_D)
+    mid = hi
+    lo = hi
+    if low.dtype.element_ty != tl.float32:
+        mid = load_rows(rest, row, D, row < M, D, BLOCK_D)
+    if low.dtype.element_ty == tl.bfloat16:
+        lo = load_rows(rest + apart, row, D, row < M, D, BLOCK_D)
+    return hi, mid, lo
+
+
+@triton.jit
+def landmark_scores(hi, mid, lo, x, base):
+    """Landmarks (split) times the rows of x [N, D], plus base [1, N]: float32 [M, N].
+
+    The base is where the sums begin, so that it costs nothing.
+    """
     x = tl.trans(x)
+    base = tl.broadcast_to(base, [hi.shape[0], x.shape[1]])
     if x.dtype == tl.float32:
-        out = product(hi, x)
+        out = product_onto(hi, x, base)
     elif x.dtype == tl.float16:
-        out = product(hi, x) + product(mid, x) * (1.0 / 2048.0)
+        out = product_onto(hi, x, product(mid, x) * (1.0 / 2048.0) + base)
     else:
-        out = product_onto(hi, x, product_onto(mid, x, product(lo, x)))
+        out = product_onto(hi, x, product_onto(mid, x, product_onto(lo, x, base)))
     return out
 
 
 @triton.jit
-def routing_scores(x, hi, mid, lo):
-    """Rows of x [N, D] times the landmarks (split): float32 [N, M]."""
+def routing_scores(x, hi, mid, lo, base):
+    """Rows of x [N, D] times the landmarks (split), plus base [1, M]: float32 [N, M]."""
     hi = tl.trans(hi)
     mid = tl.trans(mid)
+    base = tl.broadcast_to(base, [x.shape[0], hi.shape[1]])
     if x.dtype == tl.float32:
-        out = product(x, hi)
+        out = product_onto(x, hi, base)
     elif x.dtype == tl.float16:
-        out = product(x, hi) + product(x, mid) * (1.0 / 2048.0)
+        out = product_onto(x, hi, product(x, mid) * (1.0 / 2048.0) + base)
     else:
-        out = product_onto(x, hi, product_onto(x, mid, product(x, tl.trans(lo))))
+        out = product_onto(x, hi, product_onto(x, mid, product_onto(x, tl.trans(lo), base)))
     return out
+
+
+@triton.jit
+def beyond(at, count):
+    """What keeps entries at `at` >= count out of a maximum when it is added: 0, or -inf there."""
+    return tl.where(at < count, 0.0, float("-inf"))
+
+
+@triton.jit
+def exponent_factor(scale):
+    """What unscaled scores that have the scale's sign are multiplied by for `exp2`. Never zero, so
+    that -inf stays -inf.
+    """
+    return tl.maximum(tl.abs(scale) * LOG2E, 1e-30)
 
 
 @triton.jit

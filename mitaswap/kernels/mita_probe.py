@@ -7,10 +7,12 @@ import triton
 import triton.language as tl
 
 from mitaswap.kernels.mita_parts import (
+    beyond,
+    exponent_factor,
     head_offset,
     landmark_scores,
-    load_marks,
     load_rows,
+    load_terms,
     product_onto,
     routing_scores,
     split,
@@ -18,15 +20,31 @@ from mitaswap.kernels.mita_parts import (
 
 
 @triton.jit
+def store_terms(low, rest, apart, mark, row, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Write one landmark [BLOCK_D] as its terms: low [BH, M, D], and rest [terms - 1, BH, M, D] of
+    `apart` numbers each.
+    """
+    d = tl.arange(0, BLOCK_D)
+    dtype: tl.constexpr = low.dtype.element_ty
+    hi, mid, lo = split(mark, dtype)
+    at = row.to(tl.int64) * D + d
+    tl.store(low + at, hi, mask=d < D)
+    if dtype != tl.float32:
+        tl.store(rest + at, mid, mask=d < D)
+    if dtype == tl.bfloat16:
+        tl.store(rest + apart + at, lo, mask=d < D)
+
+
+@triton.jit
 def pool_kernel(
-    q, sums, low, sqb, sqh, sqn, H, M, P, first, height, width, A, B,
+    q, sums, low, rest, apart, sqb, sqh, sqn, H, M, P, first, height, width, A, B,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Averages of the query rows over windows of the grid, each as P partial sums.
 
-    Grid (BH * M * P). q [B, H, N, D]; sums float32 [BH, M, P, D]; with P = 1 also low, the
-    same in q's dtype. Window (i, j) of the A x B
-    windows spans rows floor(i h / A) to ceil((i + 1) h / A), as in adaptive pooling.
+    Grid (BH * M * P). q [B, H, N, D]; sums float32 [BH, M, P, D]; with P = 1 also their terms in
+    q's dtype (`store_terms`). Window (i, j) of the A x B windows spans rows floor(i h / A) to
+    ceil((i + 1) h / A), as in adaptive pooling.
     """
     pid = tl.program_id(0)
     part = pid % P
@@ -51,90 +69,99 @@ def pool_kernel(
     mark = tl.sum(acc, 0) / count
     tl.store(sums + pid.to(tl.int64) * D + d, mark, mask=d < D)
     if P == 1:
-        tl.store(low + pid.to(tl.int64) * D + d, mark.to(low.dtype.element_ty), mask=d < D)
+        store_terms(low, rest, apart, mark, pid, D, BLOCK_D)
 
 
 @triton.jit
-def marks_kernel(sums, marks, low, P, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Landmarks from their P parts. Grid (BH * M); sums float32 [BH, M, P, D], marks float32 and
-    low (q's dtype) [BH, M, D].
+def marks_kernel(sums, marks, low, rest, apart, P, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Landmarks from their P parts. Grid (BH * M); sums float32 [BH, M, P, D], marks float32
+    [BH, M, D], and their terms in q's dtype.
     """
-    pid = tl.program_id(0).to(tl.int64)
+    pid = tl.program_id(0)
+    row = pid.to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     mark = tl.zeros([BLOCK_D], tl.float32)
     for part in range(P):
-        mark += tl.load(sums + (pid * P + part) * D + d, mask=d < D, other=0.0)
-    tl.store(marks + pid * D + d, mark, mask=d < D)
-    tl.store(low + pid * D + d, mark.to(low.dtype.element_ty), mask=d < D)
+        mark += tl.load(sums + (row * P + part) * D + d, mask=d < D, other=0.0)
+    tl.store(marks + row * D + d, mark, mask=d < D)
+    store_terms(low, rest, apart, mark, pid, D, BLOCK_D)
 
 
 @triton.jit
 def nearest(r, first, M, last, taken, best, expert, S: tl.constexpr, BLOCK_M: tl.constexpr):
     """The best routing score so far and its expert, after the scores r [N, BLOCK_M] of experts
-    first ...; only those that come after the one taken last, equals by position.
+    first ... (-inf from M on); only those that come after the one taken last, equals by position.
     """
     column = first + tl.arange(0, BLOCK_M)[None, :]
-    allowed = column < M
     if S > 1:
         after = (r == last[:, None]) & (column > taken[:, None])
-        allowed = allowed & ((r < last[:, None]) | after)
-    r = tl.where(allowed, r, float("-inf"))
+        r = tl.where((r < last[:, None]) | after, r, float("-inf"))
     peak = tl.max(r, 1)
     place = tl.min(tl.where(r == peak[:, None], column, M - 1), 1)
     return tl.maximum(best, peak), tl.where(peak > best, place, expert)
 
 
 @triton.jit
-def count_up(expert, ok, first, counts, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Ranks [BLOCK_N] of these choices among all of the same expert so far, and the new counts.
+def count_up(expert, counts, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Ranks [BLOCK_N] of these choices among all of the same expert so far, and the new counts,
+    float32 [BLOCK_N, BLOCK_M], the same in all rows.
 
-    Only choices of the experts first ... first + BLOCK_M are counted. A product with a triangle of
-    ones sums on the tensor cores; counts below 2^24 are exact in float32.
+    Products with a triangle of ones and with ones sum on the tensor cores; counts below 2^24 are
+    exact in float32. Choices of no expert are -1.
     """
-    mine = (expert[:, None] == first + tl.arange(0, BLOCK_M)[None, :]) & ok[:, None]
+    mine = expert[:, None] == tl.arange(0, BLOCK_M)[None, :]
+    one = tl.where(mine, 1.0, 0.0)
     i = tl.arange(0, BLOCK_N)
-    triangle = (i[None, :] < i[:, None]).to(tl.float16)
-    before = tl.dot(triangle, mine.to(tl.float16)).to(tl.int32) + counts[None, :]
-    rank = tl.sum(tl.where(mine, before, 0), 1)
-    return rank, counts + tl.sum(mine.to(tl.int32), 0)
+    triangle = tl.where(i[None, :] < i[:, None], 1.0, 0.0).to(tl.float16)
+    every = tl.full([BLOCK_N, BLOCK_N], 1.0, tl.float16)
+    before = tl.dot(triangle, one.to(tl.float16), counts)
+    return tl.sum(one * before, 1).to(tl.int32), tl.dot(every, one.to(tl.float16), counts)
 
 
 @triton.jit
 def score_tile(
-    k, v, marks, scores, peaks, part_v, part_top, part_sum, skn, svn, N, M, groups, scale,
-    block, begin, end, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    k, v, low, rest, apart, scores, peaks, part_v, part_top, part_sum, skn, svn, sn, sg,
+    N, M, scale, block, begin, end, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROUTED: tl.constexpr, SHARED: tl.constexpr,
+    SIGN: tl.constexpr,
 ):  # fmt: skip
     """Landmark scores of the keys begin ... end of one head, and their part of V~, for one block
     of landmarks; arguments are the head's own.
     """
-    dtype: tl.constexpr = k.dtype.element_ty
-    hi, mid, lo = split(load_marks(marks, block * BLOCK_M, M, 1, D, BLOCK_M, BLOCK_D), dtype)
+    hi, mid, lo = load_terms(low, rest, apart, block * BLOCK_M, M, D, BLOCK_M, BLOCK_D)
     row = block * BLOCK_M + tl.arange(0, BLOCK_M)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    # scores stay unscaled but for the sign, which is all that a choice of the largest depends on
+    factor = exponent_factor(scale)
     for start in range(begin, end, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         keys = load_rows(k, n, skn, n < N, D, BLOCK_D)
-        s = landmark_scores(hi, mid, lo, keys) * scale
-        s = tl.where((n < N)[None, :], s, float("-inf"))
+        if SIGN == 1:
+            s = landmark_scores(hi, mid, lo, keys, beyond(n, N)[None, :])
+        else:
+            s = landmark_scores(hi, mid, lo, keys, tl.zeros([1, BLOCK_N], tl.float32)) * SIGN
+            s += beyond(n, N)[None, :]
+        if G > 1:
+            several = tl.max(tl.reshape(s, [BLOCK_M, BLOCK_N // G, G]), 2)
         if ROUTED:
-            at = row.to(tl.int64)[:, None] * N + n[None, :]
-            tl.store(scores + at, s, mask=(row < M)[:, None] & (n < N)[None, :])
+            at = row.to(tl.int64)[:, None] * sn + n[None, :]
+            tl.store(scores + at, s, mask=(row < M)[:, None] & (n < sn)[None, :])
             if G > 1:
-                peak = tl.max(tl.reshape(s, [BLOCK_M, BLOCK_N // G, G]), 2)
                 g = start // G + tl.arange(0, BLOCK_N // G)
-                at = row.to(tl.int64)[:, None] * groups + g[None, :]
-                tl.store(peaks + at, peak, mask=(row < M)[:, None] & (g < groups)[None, :])
+                at = row.to(tl.int64)[:, None] * sg + g[None, :]
+                tl.store(peaks + at, several, mask=(row < M)[:, None] & (g < sg)[None, :])
         if SHARED:
             values = load_rows(v, n, svn, n < N, D, BLOCK_D)
-            higher = tl.maximum(top, tl.max(s, 1))
-            weights = tl.exp(s - higher[:, None])
-            shrink = tl.exp(top - higher)
+            # of groups where rows lie in one warp; else their maxima would be exchanged once more
+            peak = tl.max(several, 1) if G > 1 and BLOCK_M >= 64 else tl.max(s, 1)
+            higher = tl.maximum(top, peak)
+            weights = tl.exp2(s * factor - (higher * factor)[:, None])
+            shrink = tl.exp2((top - higher) * factor)
             total = total * shrink + tl.sum(weights, 1)
             acc *= shrink[:, None]
-            acc = product_onto(weights.to(dtype), values, acc)
+            acc = product_onto(weights.to(values.dtype), values, acc)
             top = higher
     if SHARED:
         d = tl.arange(0, BLOCK_D)
@@ -145,72 +172,85 @@ def score_tile(
 
 
 @triton.jit
+def count_apart(expert, ok, hist, BLOCK_N: tl.constexpr):
+    """`count_up` where the experts are too many for a tile of them: the counts so far are in hist.
+
+    Whoever is the last of its expert in this block writes the new count.
+    """
+    i = tl.arange(0, BLOCK_N)
+    same = (expert[:, None] == expert[None, :]) & ok[None, :]
+    before = tl.sum((same & (i[None, :] < i[:, None])).to(tl.int32), 1)
+    behind = tl.sum((same & (i[None, :] > i[:, None])).to(tl.int32), 1)
+    rank = tl.load(hist + expert, mask=ok, other=0) + before
+    tl.debug_barrier()  # all have read
+    tl.store(hist + expert, rank + 1, mask=ok & (behind == 0))
+    tl.debug_barrier()  # and now all have written
+    return rank
+
+
+@triton.jit
 def route_tile(
-    q, marks, choice, ranks, hist, sqn, N, M, begin, end,
+    q, low, rest, apart, choice, ranks, hist, sqn, N, M, begin, end,
     S: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCKS_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Routes of the queries begin ... end of one head; arguments are the head's own."""
-    dtype: tl.constexpr = q.dtype.element_ty
-    hi, mid, lo = split(load_marks(marks, 0, M, 1, D, BLOCK_M, BLOCK_D), dtype)
-    counts = tl.zeros([BLOCK_M], tl.int32)
+    column = tl.arange(0, BLOCK_M)
+    if BLOCKS_M == 1:
+        hi, mid, lo = load_terms(low, rest, apart, 0, M, D, BLOCK_M, BLOCK_D)
+        counts = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    else:
+        for b in range(BLOCKS_M):
+            at = b * BLOCK_M + column
+            tl.store(hist + at, tl.zeros([BLOCK_M], tl.int32), mask=at < M)
+        tl.debug_barrier()
     for start in range(begin, end, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        queries = load_rows(q, n, sqn, n < N, D, BLOCK_D)
+        ok = n < N
+        queries = load_rows(q, n, sqn, ok, D, BLOCK_D)
         last = tl.full([BLOCK_N], float("inf"), tl.float32)
         taken = tl.full([BLOCK_N], -1, tl.int32)
         for j in tl.static_range(S):
             best = tl.full([BLOCK_N], float("-inf"), tl.float32)
             expert = tl.zeros([BLOCK_N], tl.int32)
             if BLOCKS_M == 1:
-                r = routing_scores(queries, hi, mid, lo)
+                r = routing_scores(queries, hi, mid, lo, beyond(column, M)[None, :])
                 best, expert = nearest(r, 0, M, last, taken, best, expert, S, BLOCK_M)
+                rank, counts = count_up(tl.where(ok, expert, -1), counts, BLOCK_N, BLOCK_M)
             else:
                 for b in range(BLOCKS_M):
-                    some = load_marks(marks, b * BLOCK_M, M, 1, D, BLOCK_M, BLOCK_D)
-                    one, two, three = split(some, dtype)
-                    r = routing_scores(queries, one, two, three)
+                    one, two, three = load_terms(
+                        low, rest, apart, b * BLOCK_M, M, D, BLOCK_M, BLOCK_D
+                    )
+                    base = beyond(b * BLOCK_M + column, M)[None, :]
+                    r = routing_scores(queries, one, two, three, base)
                     best, expert = nearest(r, b * BLOCK_M, M, last, taken, best, expert, S, BLOCK_M)
-            tl.store(choice + j * N + n, expert, mask=n < N)
-            if BLOCKS_M == 1:
-                rank, counts = count_up(expert, n < N, 0, counts, BLOCK_N, BLOCK_M)
-                tl.store(ranks + j * N + n, rank, mask=n < N)
+                rank = count_apart(expert, ok, hist, BLOCK_N)
+            tl.store(choice + j * N + n, expert, mask=ok)
+            tl.store(ranks + j * N + n, rank, mask=ok)
             last = best
             taken = expert
     if BLOCKS_M == 1:
-        column = tl.arange(0, BLOCK_M)
-        tl.store(hist + column, counts, mask=column < M)
-    else:
-        tl.debug_barrier()  # the choices are read back by other threads
-        for b in range(BLOCKS_M):
-            column = b * BLOCK_M + tl.arange(0, BLOCK_M)
-            counts = tl.zeros([BLOCK_M], tl.int32)
-            for start in range(begin, end, BLOCK_N):
-                n = start + tl.arange(0, BLOCK_N)
-                for j in range(S):
-                    expert = tl.load(choice + j * N + n, mask=n < N, other=-1)
-                    rank, counts = count_up(expert, n < N, b * BLOCK_M, counts, BLOCK_N, BLOCK_M)
-                    mine = (n < N) & (expert // BLOCK_M == b)
-                    tl.store(ranks + j * N + n, rank, mask=mine)
-            tl.store(hist + column, counts, mask=column < M)
+        tl.store(hist + column, tl.max(counts, 0).to(tl.int32), mask=column < M)
 
 
 @triton.jit
 def probe_kernel(
-    q, k, v, marks, scores, peaks, part_v, part_top, part_sum, choice, ranks, hist,
-    sqb, sqh, sqn, skb, skh, skn, svb, svh, svn,
-    H, N, M, tiles, groups, first_head, scale,
+    q, k, v, low, rest, apart, scores, peaks, part_v, part_top, part_sum, choice, ranks, hist,
+    sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sn, sg,
+    H, N, M, tiles, first_head, scale,
     S: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCKS_M: tl.constexpr, BLOCK_N: tl.constexpr, TILE: tl.constexpr,
-    ROUTED: tl.constexpr, SHARED: tl.constexpr,
+    ROUTED: tl.constexpr, SHARED: tl.constexpr, SIGN: tl.constexpr,
 ):  # fmt: skip
     """One tile of tokens: landmark scores of its keys, their share of V~, routes of its queries.
 
-    Grid (heads of this chunk * tiles, BLOCKS_M + 1 if ROUTED): a block of landmarks each, then the
-    routes. The chunk's scores float32 [heads, M, N] and
-    peaks (maxima of G neighbours) [heads, M, groups]; all heads' part_v float32
-    [BH, tiles, M, D], part_top and part_sum [BH, tiles, M]; choice and ranks (among the tile's
-    queries of that expert) int32 [BH, S, N], hist int32 [BH, tiles, M].
+    Grid (heads of this chunk * tiles, BLOCKS_M + 1 if ROUTED): a block of landmarks each and the
+    routes, which come first where they take longest. Terms of the landmarks as `store_terms` wrote
+    them. The chunk's scores float32 [heads, M, sn], without the scale but with its SIGN, and peaks
+    (maxima of G neighbours) [heads, M, sg], both -inf or nothing beyond N; all heads' part_v
+    float32 [BH, tiles, M, D], part_top (unscaled) and part_sum [BH, tiles, M]; choice and ranks
+    (among the tile's queries of that expert) int32 [BH, S, N], hist int32 [BH, tiles, M].
     """
     pid = tl.program_id(0)
     tile = pid % tiles
@@ -218,20 +258,24 @@ def probe_kernel(
     bh = pid // tiles + first_head
     head = bh.to(tl.int64)
     block = tl.program_id(1)
-    marks += head * M * D
+    if ROUTED and BLOCKS_M > 1:
+        block = (block + BLOCKS_M) % (BLOCKS_M + 1)
+    low += head * M * D
+    rest += head * M * D
     begin = tile * TILE
     end = tl.minimum(begin + TILE, N)
     at = head * tiles + tile
     if block < BLOCKS_M:
         score_tile(
-            k + head_offset(bh, H, skb, skh), v + head_offset(bh, H, svb, svh), marks,
-            scores + local * M * N, peaks + local * M * groups,
-            part_v + at * M * D, part_top + at * M, part_sum + at * M, skn, svn,
-            N, M, groups, scale, block, begin, end,
-            G, D, BLOCK_D, BLOCK_M, BLOCK_N, ROUTED, SHARED,
+            k + head_offset(bh, H, skb, skh), v + head_offset(bh, H, svb, svh), low, rest, apart,
+            scores + local * M * sn, peaks + local * M * sg,
+            part_v + at * M * D, part_top + at * M, part_sum + at * M, skn, svn, sn, sg,
+            N, M, scale, block, begin, end,
+            G, D, BLOCK_D, BLOCK_M, BLOCK_N, ROUTED, SHARED, SIGN,
         )  # fmt: skip
     else:
         route_tile(
-            q + head_offset(bh, H, sqb, sqh), marks, choice + head * S * N, ranks + head * S * N,
-            hist + at * M, sqn, N, M, begin, end, S, D, BLOCK_D, BLOCK_M, BLOCKS_M, BLOCK_N,
+            q + head_offset(bh, H, sqb, sqh), low, rest, apart,
+            choice + head * S * N, ranks + head * S * N, hist + at * M, sqn, N, M, begin, end,
+            S, D, BLOCK_D, BLOCK_M, BLOCKS_M, BLOCK_N,
         )  # fmt: skip

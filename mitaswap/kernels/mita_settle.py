@@ -6,7 +6,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mitaswap.kernels.mita_parts import key_value, load_rows, order_key
+from mitaswap.kernels.mita_parts import (
+    LOG2E,
+    exponent_factor,
+    key_value,
+    load_rows,
+    order_key,
+)
 
 
 @triton.jit
@@ -45,7 +51,7 @@ def write_list(to, chosen, at, K):
 
 @triton.jit
 def select_row(
-    scores, peaks, picked, members, N, groups, K: tl.constexpr, G: tl.constexpr,
+    scores, peaks, picked, members, sn, sg, N, groups, K: tl.constexpr, G: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """The K largest of one row of N scores, ascending by position, into members.
@@ -55,10 +61,10 @@ def select_row(
     """
     c = tl.arange(0, BLOCK_L)
     if G == 1:
-        x = tl.load(scores + c, mask=c < N, other=float("-inf"))
+        x = tl.load(scores + c, mask=c < sn, other=float("-inf"))
         write_list(members, largest(x, c < N, K), c, K)
     else:
-        x = tl.load(peaks + c, mask=c < groups, other=float("-inf"))
+        x = tl.load(peaks + c, mask=c < sg, other=float("-inf"))
         write_list(picked, largest(x, c < groups, K), c, K)
         tl.debug_barrier()  # read back by other threads
         c = tl.arange(0, BLOCK_C)
@@ -70,7 +76,7 @@ def select_row(
 
 @triton.jit
 def gather_row(
-    part_v, part_top, part_sum, values, lse, M, tiles,
+    part_v, part_top, part_sum, values, lse, M, tiles, factor,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """One row of V~ from its parts, `M` rows apart, and the log-sum-exp of its scores."""
@@ -84,13 +90,13 @@ def gather_row(
         sums = tl.load(part_sum + t * M, mask=t < tiles, other=0.0)
         rows = load_rows(part_v, t * M, D, t < tiles, D, BLOCK_D)
         higher = tl.maximum(top, tl.max(x, 0))
-        weight = tl.exp(x - higher)
-        shrink = tl.exp(top - higher)
+        weight = tl.exp2((x - higher) * factor)
+        shrink = tl.exp2((top - higher) * factor)
         total = total * shrink + tl.sum(weight * sums, 0)
         acc = acc * shrink + tl.sum(rows * weight[:, None], 0)
         top = higher
     tl.store(values + d, (acc / total).to(values.dtype.element_ty), mask=d < D)
-    tl.store(lse + tl.arange(0, 1), top + tl.log(total))
+    tl.store(lse + tl.arange(0, 1), (top * factor + tl.log2(total)) / LOG2E)
 
 
 @triton.jit
@@ -129,7 +135,7 @@ def sort_tile(
 def settle_kernel(
     scores, peaks, picked, members, part_v, part_top, part_sum, values, lse,
     choice, ranks, hist, base, starts, order,
-    N, M, groups, tiles, TILE, rows, first_head,
+    sn, sg, N, M, groups, tiles, TILE, rows, first_head, scale,
     K: tl.constexpr, S: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_I: tl.constexpr,
@@ -150,14 +156,14 @@ def settle_kernel(
         row = local + first_head * M
         if ROUTED:
             select_row(
-                scores + local * N, peaks + local * groups, picked + local * K,
-                members + row * K, N, groups, K, G, BLOCK_L, BLOCK_C,
+                scores + local * sn, peaks + local * sg, picked + local * K,
+                members + row * K, sn, sg, N, groups, K, G, BLOCK_L, BLOCK_C,
             )  # fmt: skip
         if SHARED:
             part = row // M * tiles * M + row % M
             gather_row(
                 part_v + part * D, part_top + part, part_sum + part, values + row * D, lse + row,
-                M, tiles, D, BLOCK_D, BLOCK_T,
+                M, tiles, exponent_factor(scale), D, BLOCK_D, BLOCK_T,
             )  # fmt: skip
     else:
         tile = (pid - rows) % tiles
