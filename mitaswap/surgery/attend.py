@@ -174,7 +174,9 @@ def attend_by(way: Way) -> Attend:
         if _observed and tracker.observer is not None:
             own = module._modules["mitaswap"]
             tracker.observer(module._mitaswap.site.path, own, query, key, layout, scale)
-        # `run`, not a call: what a call would check is checked above, and small models feel it
+        # not a call: what it would check is checked above, and small models feel it
+        if straight is not None:
+            return mechanism.reference(query, key, value, layout=layout, scale=scale, **extra)
         return mechanism.run(query, key, value, layout, scale, extra)
 
     return attend

@@ -9,7 +9,6 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
@@ -19,6 +18,8 @@ from mitaswap.surgery.divert import divert
 #: what the names of our functions in transformers' attention and mask registries begin with
 INTERFACE = "mitaswap"
 _numbers = itertools.count()
+#: keywords that change what attention means and that the library's sdpa function passes over
+_IGNORED = frozenset({"softcap", "s_aux", "sinks", "indices", "block_indices", "cu_seq_lens_q"})
 
 
 def no_map(module: Any) -> SwapError:
@@ -62,20 +63,12 @@ def is_shadow(config: Any) -> bool:
     return str(getattr(config, "_attn_implementation", "")).startswith(INTERFACE)
 
 
-def _maps_are_collected() -> bool:
-    """Whether output_attentions=True was asked of the model and stayed there: some models do not
-    hand it down to their layers, transformers collects the maps by hooks.
-    """
-    if torch.compiler.is_compiling():  # context variables cannot be traced
-        return False
-    collector = _collector()
-    collected = None if collector is None else collector.get()
-    return collected is not None and any("attentions" in key for key in collected)
-
-
 @functools.cache
 def _collector() -> Any:
-    """What transformers collects outputs in; None in versions that hand the request down."""
+    """What transformers collects outputs in when output_attentions=True was asked of the model and
+    stays there: some models do not hand it down to their layers, transformers collects the maps by
+    hooks. None in versions that hand it down.
+    """
     try:
         from transformers.utils import output_capturing
     except ImportError:
@@ -102,24 +95,31 @@ def interface(attend: Callable[..., Tensor]) -> str:
             "install the version that mitaswap's README names"
         )
 
+    collector = _collector()
+
     def attention(module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        # a compiled forward would be guarded on the answer, in each layer
-        if not is_compiling() and not hasattr(type(module), "_mitaswap_way"):
-            raise SwapError(
-                f"a {type(module).__name__} that is not swapped was built from the config of one "
-                "that is; build it from the model's own config"
-            )
-        if kwargs.get("output_attentions") or _maps_are_collected():
+        # a compiled forward would be guarded on the answers, in each layer; and context variables
+        # cannot be traced
+        compiling = is_compiling()
+        if not compiling:
+            if not hasattr(type(module), "_mitaswap_way"):
+                raise SwapError(
+                    f"a {type(module).__name__} that is not swapped was built from the config of "
+                    "one that is; build it from the model's own config"
+                )
+            collected = None if collector is None else collector.get()
+            if collected is not None and any("attentions" in key for key in collected):
+                raise no_map(module)
+        if kwargs.get("output_attentions"):
             raise no_map(module)
-        # keywords that change what attention means and that the library's sdpa function passes over
-        ignored = ("softcap", "s_aux", "sinks", "indices", "block_indices", "cu_seq_lens_q")
-        given = [name for name in ignored if kwargs.get(name) is not None]
-        if given:
-            raise SwapError(
-                f"{module._mitaswap.site.path}: this forward brings {given[0]}, which "
-                f"{module.mitaswap.spec} cannot honour; leave this layer out with layers=..., or "
-                "mitaswap.revert(model) first."
-            )
+        if compiling or not _IGNORED.isdisjoint(kwargs):
+            for name in kwargs:
+                if name in _IGNORED and kwargs[name] is not None:
+                    raise SwapError(
+                        f"{module._mitaswap.site.path}: this forward brings {name}, which "
+                        f"{module.mitaswap.spec} cannot honour; leave this layer out with "
+                        "layers=..., or mitaswap.revert(model) first."
+                    )
         return diverted(module, *args, **kwargs)
 
     name = f"{INTERFACE}-{next(_numbers)}"
