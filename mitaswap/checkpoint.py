@@ -3,7 +3,8 @@ beside the weights.
 
     model.safetensors     upstream's parameters under upstream's names
     config.json           upstream's configuration plus the key "mitaswap": recipe, trained_with,
-                          version, and the layouts that learned parts were created for
+                          version, and the layouts that learned parts were created for; the recipe
+                          names every option, whatever the defaults of a later version are
     mitaswap.safetensors  learned parts of the mechanisms, where they have any
     README.md             model card
 
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 
 from mitaswap import __version__
 from mitaswap.errors import MitaswapError
+from mitaswap.mechanisms import mechanism, spelled_out
 from mitaswap.models import Network, open_model, wrap
 from mitaswap.spec import Recipe
 from mitaswap.surgery import convert, recipe_of, swapped_sites, walk
@@ -76,7 +78,11 @@ def open_network(name: str, *, swapped: bool = True, **options: Any) -> Network:
 def saved_recipe(network: Network) -> Recipe | None:
     """The recipe in the network's config.json, or None for a network of upstream."""
     recipe = _entry(network).get("recipe")
-    return Recipe.of(recipe) if recipe else None
+    if not recipe:
+        return None
+    # without the options that are the defaults again, as a user would write it
+    rules = Recipe.of(recipe).rules
+    return Recipe(tuple((pattern, mechanism(spec).spec) for pattern, spec in rules))
 
 
 def trained_with(network: Network) -> str:
@@ -207,13 +213,14 @@ def save(
     entry: dict[str, Any] = {
         "version": __version__,
         "trained_with": trained_by or trained_with(network),
-        "recipe": recipe.to_dict() if recipe else None,
+        "recipe": recipe and {pattern: str(spelled_out(spec)) for pattern, spec in recipe.rules},
     }
     built = _built(network.module)
     if built:
         entry["built"] = built
     state = {k: v for k, v in network.module.state_dict().items() if k not in extras}
-    files = {"README.md": _card(network, entry).encode()}
+    shown = {**entry, "recipe": recipe and recipe.to_dict()}
+    files = {"README.md": _card(network, shown).encode()}
     if extras:
         plain = {key: value.detach().cpu().contiguous() for key, value in extras.items()}
         files[EXTRAS] = to_safetensors(plain)

@@ -7,6 +7,7 @@ import errno
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 import timm
 import torch
 import transformers
-from networks import Gated, registered
+from networks import Gated, Sharper, registered
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -26,11 +27,12 @@ from mitaswap.checkpoint import (
     fingerprint,
     open_network,
     save,
+    saved_recipe,
     trained_with,
     training_with,
 )
 from mitaswap.errors import MitaswapError
-from mitaswap.mechanisms import MECHANISMS, learned_numbers
+from mitaswap.mechanisms import MECHANISMS, Options, learned_numbers, mechanism, spelled_out
 from mitaswap.models import open_model
 from mitaswap.surgery import swapped_sites
 
@@ -108,8 +110,39 @@ def test_names_and_values_of_parameters_are_upstreams(plain: Path, to_mita: Path
 def test_config_is_upstreams_and_one_key_more(plain: Path, to_mita: Path) -> None:
     added = config(to_mita).pop(KEY)
     assert added["trained_with"] == "standard" and added["version"] == mitaswap.__version__
-    assert list(added["recipe"].values()) == [MITA]
+    assert list(added["recipe"].values()) == [str(spelled_out(Spec.parse(MITA)))]
     assert {k: v for k, v in config(to_mita).items() if k != KEY} == config(plain)
+
+
+@dataclass(frozen=True)
+class Earlier(Options):
+    """Options of a mechanism."""
+
+    power: int = 2
+
+
+@dataclass(frozen=True)
+class Later(Options):
+    """The same in a version with another default."""
+
+    power: int = 3
+
+
+def test_other_defaults_do_not_change_what_was_saved(timm_dir: Path, tmp_path: Path) -> None:
+    versions = [type("Powered", (Sharper,), {"options_type": kind}) for kind in (Earlier, Later)]
+    with registered(powered=versions[0]):
+        model = mitaswap.convert(mitaswap.load(timm_dir), "powered+window(size=1,mix=gate)")
+        save(model, tmp_path / "to")
+        recipe = saved_recipe(open_network(str(tmp_path / "to")))
+        # no word of what is usual
+        assert recipe and str(recipe.rules[0][1]) == "powered+window(size=1,mix=gate)"
+    (written,) = config(tmp_path / "to")[KEY]["recipe"].values()
+    assert written.startswith("powered(power=2)+window(size=1,") and "impl" not in written
+    with registered(powered=versions[1]):
+        assert mechanism("powered").settings["power"] == 3
+        part = next(iter(swapped_sites(mitaswap.load(tmp_path / "to")).values()))
+        assert part.settings["power"] == 2
+        assert str(part.spec) == "powered(power=2)+window(size=1,mix=gate)"
 
 
 def test_model_card_tells_how_to_load_it(to_mita: Path) -> None:

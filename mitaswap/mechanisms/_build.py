@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import typing
+from dataclasses import fields
 from typing import Any, Literal
 
 from mitaswap.errors import MitaswapError, unknown
@@ -35,6 +36,26 @@ def mechanism(spec: str | Spec) -> Mechanism:
     for outer in spec.wrappers:
         part = wrap(part, outer.name, _options(WRAPPERS.get(outer.name).options_type, outer))
     return part
+
+
+def spelled_out(spec: Spec) -> Spec:
+    """The same with every option named: what it means in a version with other defaults, too. Not
+    `impl`, which is a matter of the machine.
+    """
+
+    def named(kind: type, part: Spec) -> dict[str, Value]:
+        options = _options(kind, part)
+        every = {f.name: getattr(options, f.name) for f in fields(options)}
+        return {k: v for k, v in every.items() if k != "impl" or k in part.options}
+
+    return Spec(
+        spec.name,
+        named(MECHANISMS.get(spec.name).options_type, Spec(spec.name, spec.options)),
+        tuple(
+            Spec(outer.name, named(WRAPPERS.get(outer.name).options_type, outer))
+            for outer in spec.wrappers
+        ),
+    )
 
 
 #: a ViT's usual site: 224 pixels in patches of 16, a class token, 3 heads of 64
