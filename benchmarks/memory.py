@@ -10,6 +10,8 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from core import DIM, HEADS, resident
@@ -20,7 +22,8 @@ from timing import write_rows
 from mitaswap import Spec, TokenLayout, mechanism
 from mitaswap.mechanisms import MECHANISMS, Mechanism
 
-#: options for long sequences where the defaults are counts of blocks: blocks of one size instead
+#: options for long sequences where the defaults are counts of blocks: blocks of one size, measured
+#: beside the defaults
 LONG = {
     "bra": lambda n: {"n": n // 64, "k": 4},
     "moba": lambda n: {"n": n // 64, "k": 4},
@@ -30,11 +33,18 @@ LONG = {
 }
 
 
-def spec_of(name: str, tokens: int) -> Spec:
-    """The mechanism as it is benchmarked at a length."""
+def suggested(name: str, tokens: int) -> Spec:
+    """A mechanism with its default options, or others that fit where these do not."""
     side = math.isqrt(tokens)
-    options = LONG.get(name, lambda n: MECHANISMS.get(name).suggest(TokenLayout(0, (side, side))))
-    return mechanism(Spec(name, options(tokens))).spec
+    return mechanism(Spec(name, MECHANISMS.get(name).suggest(TokenLayout(0, (side, side))))).spec
+
+
+def families(names: list[str]) -> Iterator[tuple[str, Callable[[int], Spec]]]:
+    """Names and their specs at a length, in the order of the table."""
+    for name in names:
+        yield name, partial(suggested, name)
+        if long := LONG.get(name):
+            yield name, lambda n, name=name, long=long: mechanism(Spec(name, long(n))).spec
 
 
 def peak(spec: Spec, tokens: int) -> float:
@@ -81,10 +91,10 @@ def main() -> None:
     table.add_column(f"x {last // first} tokens: x memory", justify="right")
     table.add_column("looks at all pairs")
     rows = []
-    for name in args.only or MECHANISMS.names():
+    for name, spec_of in families(args.only or MECHANISMS.names()):
         found = []
         for tokens in args.tokens:
-            spec = spec_of(name, tokens)
+            spec = spec_of(tokens)
             command = [sys.executable, __file__, "--peak", str(spec), str(tokens)]
             # freed blocks go back at once, or the peak would be the allocator's, not the work's
             environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"}

@@ -137,6 +137,8 @@ def test_models(refused: Refused, tmp_path: Path, verb: str, model: str, says: s
         (["--to", "linear", "--layers", ","], "names no layer"),
         (["--to", "mita(m=65,k=9)"], "m=65 must be between 1 and the 64 patches"),
         (["--to", "mita(m=9,k=9,s=10)"], "s=10 must be between 1 and the 9 experts (m)"),
+        (["--to", "mita(m=11,k=9)"], "error: blocks.0.attn: mita(m=11,k=9): 11 landmarks do not"),
+        (["--to", "dat(groups=5)", "--layers", "1"], "error: blocks.1.attn: dat(groups=5): groups"),
         ([], "give either --to MECHANISM or --recipe FILE.yaml"),
         (["--to", "linear", "--recipe", "r.yaml"], "give either --to"),
         (["--recipe", "r.yaml"], "cannot read the recipe 'r.yaml'"),
@@ -232,6 +234,13 @@ def test_a_mask(
         (["--grid", "K=4,66"], "k=66 must be between 1 and the 65 tokens"),
         (["--grid", "N=11"], "11"),
         (["--run", "mita(m=4,k=4,pool=3x3)"], "3x3"),
+        # each names the site and the mechanism
+        (["--run", "mita(m=11,k=4)"], "error: blocks.0.attn: mita(m=11,k=4): 11 landmarks do not"),
+        (["--grid", "N=9,11"], "error: blocks.0.attn: mita(m=11,k=25): 11 landmarks do not"),
+        # what is only found where a mechanism meets a site, behind what would have run
+        (["--run", "dat,dat(groups=5),linear"], "error: blocks.0.attn: dat(groups=5): groups=5"),
+        (["--run", "dat", "--grid", "groups=2,5"], "error: blocks.0.attn: dat(groups=5): groups=5"),
+        (["--run", "dat+dwc,dat(groups=5)+dwc"], "error: blocks.0.attn: dat(groups=5): groups=5"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -249,6 +258,30 @@ def test_sizes_that_do_not_fit(
     monkeypatch.setattr("mitaswap.evaluation.decode", work)
     monkeypatch.setattr("mitaswap.results.Run.open", work)
     assert says in refused("eval", tiny, *DIGITS, *arguments, "-o", tmp_path / "run")
+
+
+@pytest.mark.parametrize("verb", ["train", "finetune"])
+def test_options_that_fit_no_site_are_refused_before_training(
+    refused: Refused, timm_dir: Path, tmp_path: Path, verb: str
+) -> None:
+    message = refused(
+        verb, timm_dir, "--to", "dat(groups=5)", "--data", "digits", "-o", tmp_path / "out"
+    )
+    assert message.startswith("error: blocks.0.attn: dat(groups=5): groups=5 must divide")
+
+
+def test_a_mechanism_is_asked_once_for_equal_sites(timm_dir: Path) -> None:
+    from mitaswap.mechanisms import mechanism
+    from mitaswap.models import open_model
+    from mitaswap.spec import Recipe
+    from mitaswap.surgery import ask, walk
+
+    network, asked = open_model(str(timm_dir)), set[Any]()
+    sites = walk(network.module, network.example(2))
+    for spec in ("dat", "dat", "dat(groups=2)", "linear"):
+        assert len(ask(network.module, Recipe.of(spec), sites, asked=asked)) == 2
+    assert len(asked) == 3
+    assert {mechanism(question[0]).name for question in asked} == {"dat", "linear"}
 
 
 def test_classes_of_data_and_model(refused: Refused, timm_dir: Path, tmp_path: Path) -> None:

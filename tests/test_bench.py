@@ -284,6 +284,12 @@ def test_out_of_memory_is_a_row(cli: Command, tmp_path: Path, kernels: Any) -> N
     ("asked", "said"),
     [
         (("--run", "mita(m=25,k=25)", "--tokens", "16"), "must be between 1 and"),
+        (("--run", "mita(m=11,k=4)", "--tokens", "8x8"),
+         "error: 6 heads of 64 at 0 + 8x8 tokens: mita(m=11,k=4): 11 landmarks do not"),
+        (("--run", "dat(groups=2),dat(groups=3)", "--tokens", "8x8", "--heads", "6,4"),
+         "error: 4 heads of 64 at 0 + 8x8 tokens: dat(groups=3): groups=3 must divide"),
+        (("embedded:standard", "--run", "dat,dat(groups=5)"),
+         "error: blocks.0.attn: dat(groups=5): groups=5 must divide"),
         (("--run", "mitta"), "mita"),
         (("--run", "linear", "--tokens", "many"), "whole numbers"),
         (("--run", "linear", "--img-size", "224"), "give a MODEL"),

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 import mitaswap
 from mitaswap.checkpoint import KEY, open_network, trained_with
 from mitaswap.errors import MitaswapError
-from mitaswap.mechanisms import MECHANISMS, learned_numbers, mechanism
+from mitaswap.mechanisms import MECHANISMS, WRAPPERS, learned_numbers, mechanism
 from mitaswap.results import load_plan, load_provenance, load_rows
 from mitaswap.surgery import swapped_sites
 
@@ -75,6 +75,82 @@ def test_ls_of_one_mechanism_tells_all_about_it(cli: Command) -> None:
     for option in fields(part.options):  # each with its meaning
         line = next(x for x in done.out.splitlines() if x.strip().startswith(f"{option.name}:"))
         assert len(line.split()) > 4, line
+
+
+@pytest.mark.parametrize("name", MECHANISMS.names())
+def test_ls_of_every_mechanism_has_its_equation_and_its_address(cli: Command, name: str) -> None:
+    done = cli("ls", name)
+    assert (done.code, done.err) == (0, "")
+    formula = done.out.partition("about")[0]
+    assert re.search(r"\w.* = .*\w", formula), formula
+    number = re.search(r"arXiv ([0-9.]+[0-9])", MECHANISMS.get(name).card.source)
+    assert number is None or f"https://arxiv.org/abs/{number[1]}" in done.out
+
+
+def test_ls_of_mita_writes_its_equations_out(cli: Command) -> None:
+    shown = words(cli("ls", "mita").out)
+    for equation in ("S = Q~ K^T / sqrt(d)", "V~ = softmax(S) V", "[V~, V_e1, ..., V_es]"):
+        assert equation in shown
+
+
+def test_ls_of_wrapped_mechanisms_tells_about_each_part(cli: Command) -> None:
+    done = cli("ls", "mita(m=9,k=9)+dwc(kernel=5)+gate")
+    assert (done.code, done.err) == (0, "") and max(map(len, done.out.splitlines())) <= 80
+    shown = words(done.out)
+    places = [shown.index(part) for part in ("mita(m=9,k=9)+dwc(kernel=5)+gate", " +dwc O + DWC(V)",
+                                             " +gate 2 sigmoid(W x + b)")]  # fmt: skip
+    assert places == sorted(places)
+    for said in (
+        *("needs q, k, v, grid, x", "arxiv.org/abs/2308.00442", "arxiv.org/abs/2505.06708"),
+        *("learned 0 parameters", "learned 4,992 parameters", "learned 37,056 parameters"),
+        *("learned 42,048 parameters", "kernel: int 3", "per: channel | head"),
+    ):
+        assert said in shown, said
+
+
+@pytest.mark.parametrize("name", WRAPPERS.names())
+def test_ls_of_a_wrapper(cli: Command, name: str) -> None:
+    for asked in (name, f"+{name}"):
+        done = cli("ls", asked)
+        assert (done.code, done.err) == (0, "") and done.out.startswith(f"+{name}\n")
+        assert words(WRAPPERS.get(name).summary) in words(done.out)
+        assert "needs" in done.out and "strategy" not in done.out
+    options = [f.name for f in fields(WRAPPERS.get(name).options_type)]
+    assert all(f" {option}: " in done.out for option in options)
+
+
+def test_wrappers_apply_from_left_to_right_as_ls_says(cli: Command) -> None:
+    shown = words(cli("ls", "prefix").out)
+    assert "from left to right" in words(cli("ls").out) and "from left to right" in shown
+    assert "in mita+gate+prefix the gate is for patches only, in mita+prefix+gate for all" in shown
+    layout = mitaswap.TokenLayout(1, (4, 4))
+    q, x = torch.randn(1, 2, 17, 8), torch.randn(1, 17, 16)
+    for order, open_to_special in (("gate+prefix", True), ("prefix+gate", False)):
+        part = mechanism(f"linear+{order}")
+        part(q, q, q, layout=layout, x=x)
+        with torch.no_grad():
+            for name, parameter in part.named_parameters():
+                parameter.fill_(-100.0 if name.endswith("bias") else 0.0)  # shut
+            out = part(q, q, q, layout=layout, x=x)
+        assert bool(out[:, :, 0].abs().max() > 0.01) == open_to_special
+        assert out[:, :, 1:].abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ("mita(k=0)", "k=0 must be between 1 and the 197 tokens"),
+        ("dat(groups=5)", "groups=5"),
+        ("window(size=4)", "size=4 must be odd"),
+        ("dwc(kernl=3)", "unknown option of dwc 'kernl'. Did you mean 'kernel'?"),
+        ("linear+window", "linear has no softmax that a window could join"),
+    ],
+)
+def test_ls_of_what_is_impossible_prints_the_error_alone(
+    cli: Command, asked: str, says: str
+) -> None:
+    done = cli("ls", asked)
+    assert (done.code, done.out) == (2, "") and says in done.err
 
 
 @pytest.mark.parametrize("name", ["svite", "ViT-5", "vit5"])
@@ -220,7 +296,7 @@ def test_what_cannot_run_is_left_out_of_a_group_aloud(
         patch.setattr("mitaswap.studies._groups.logger.warning", lambda t, *a: said.append(t % a))
         done = cli("eval", timm_dir, *FEW, "--run", "usable", "-o", tmp_path / "run")
     assert done.code == 0 and "topk" not in {row["mechanism"] for row in numbers(tmp_path / "run")}
-    assert len(said) == 1 and "is left out: topk: not today" in said[0]
+    assert len(said) == 1 and "is left out: blocks.0.attn: topk: not today" in said[0]
     done = cli("eval", timm_dir, *FEW, "--run", "topk", "-o", tmp_path / "one")  # asked for by name
     assert done.code == 2 and "not today" in done.err
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -73,7 +75,17 @@ BAD_SIZES = [
         }.items()
     ),
     Bad("bra(k=1,n=6,pool=3x1)", "pool=3x1 must be 'auto' or AxB with A * B = 6; use pool=2x3"),
-    Bad("sparsifiner(k=4,n=0)", f"n=0 must be between 1 and the 15 patches {AT}; use n=1"),
+    # n=1 would be too few for the 8 coefficients, and 7 windows do not fit
+    Bad("sparsifiner(k=4,n=0)", f"n=0 must be between 1 and the 15 patches {AT}; use n=8"),
+    Bad("moba(n=0,k=3)", f"n=0 must be between 1 and the 15 patches {AT}; use n=3"),
+    Bad("moba(n=0,k=7)", f"n=0 must be between 1 and the 15 patches {AT}; use n=7"),
+    Bad("bra(n=0,k=7)", f"n=0 must be between 1 and the 15 patches {AT}; use n=8"),
+    Bad(
+        "bra(n=7,k=7)",
+        "7 windows do not fit a 3x5 grid as a x b windows; the nearest count that does is 8",
+    ),
+    Bad("moba(n=4,k=2,pool=2x2)", "pool=2x2 is a shape of windows; use pool=auto, or blocks=wind"),
+    Bad("deformable(points=16)", f"points=16 must be between 1 and the 15 patches {AT}; use poin"),
     Bad(
         "sparsifiner(k=4,n=6,coefficients=2,channels=-1)",
         "channels=-1 must be 0 or more; use channels=0",
@@ -118,11 +130,46 @@ BAD_SIZES = [
         "counts (tokens 1 + 8x7); use k=16",
         LAYOUT,
     ),
-    Bad("nsa(k=4,local=7)", f"local=7 must be between 0 and the 6 blocks {AT}; use local=6"),
+    Bad("nsa(k=4,local=7)", f"local=7 must be between 0 and the 6 blocks {AT}; use local=3"),
+    Bad("nsa(k=4,local=200)", f"local=200 must be between 0 and the 6 blocks {AT}; use local=3"),
     Bad("nsa(k=4,local=-1)", f"local=-1 must be between 0 and the 6 blocks {AT}; use local=0"),
     Bad(
         "nsa(k=4,first=5)",
-        f"first=5 must be between 0 and the 4 blocks beside the local ones {AT}; use first=4",
+        f"first=5 must be between 0 and the 4 blocks beside the local ones {AT}; use first=2",
+    ),
+    *(
+        Bad(
+            f"nsa(block={block})",
+            f"block={block} must be between 1 and the 6 patches a side that leave 8 blocks "
+            "(tokens 1 + 14x14); use block=6",
+            TokenLayout(1, (14, 14)),
+        )
+        for block in (47, 100000)
+    ),
+    Bad(
+        "nsa(block=9,k=1,first=0,local=1)",
+        f"block=9 must be between 1 and the 5 patches a side that leave 1 block {AT}; use block=5",
+    ),
+    Bad(
+        "nsa(block=9,k=1,first=0,local=1,blocks=raster)",
+        f"block=9 must be between 1 and the 4 patches a side that leave 1 block {AT}; use block=4",
+    ),
+    *(
+        Bad(
+            f"{spec}=100001)",
+            f"{option}=100001 must be at most 33, as 9 reach from one end of 5 places to the "
+            f"other; use {option}=33",
+        )
+        for spec, option in (
+            ("dat(kernel", "kernel"),
+            ("polaformer(conv", "conv"),
+            ("linear+dwc(kernel", "kernel"),
+        )
+    ),
+    Bad(
+        "nystrom(m=4,conv=100001)",
+        "conv=100001 must be at most 33, as 31 reach from one end of 16 places to the other; use "
+        "conv=33",
     ),
     Bad(
         "dsa(k=4,rope=true,index_dim=7)",
@@ -143,7 +190,7 @@ BAD_SIZES = [
     ),
     Bad(
         "nystrom(m=4,conv=34)",
-        "conv=34 must be odd, or the convolution is not centred; use conv=35, or conv=0 to leave "
+        "conv=34 must be odd, or the convolution is not centred; use conv=33, or conv=0 to leave "
         "it out",
     ),
     Bad(
@@ -169,27 +216,71 @@ def test_impossible_sizes(bad: Bad) -> None:
     with pytest.raises(MitaswapError) as from_check:
         part.check(bad.layout, 8)
     text = str(from_check.value)
-    # the limits of m, k and s come with the whole spec in front
-    assert text.removeprefix(f"{part.spec}: ").startswith(
-        bad.message.removeprefix(f"{part.spec}: ")
-    )
+    # whose options they are stands in front
+    assert text.startswith(f"{part.spec}: {bad.message.removeprefix(f'{part.spec}: ')}")
     assert "use " in text or "nearest" in text
     with pytest.raises(MitaswapError) as from_call:  # before any work: meta tensors have no data
         part(*(x.to("meta") for x in draw(bad.layout)), layout=bad.layout)
     assert str(from_call.value) == text
 
 
-def test_biased_agents_keep_their_windows() -> None:
-    part = mechanism("agent(n=8,bias=true)")
-    part.attach(SiteShape(3, 8, TokenLayout(1, (4, 7))))
-    part.check(TokenLayout(1, (7, 4)), 8)
+#: numbers far from any size, and a few between
+NUMBERS = {"int": (-7, 0, 2, 11, 47, 200, 100_000), "float": (-1.0, math.nan, math.inf)}
+
+
+@pytest.mark.parametrize("name", MECHANISMS.names())
+@pytest.mark.parametrize("layout", [TokenLayout(1, (14, 14)), TokenLayout(5, (5, 9))], ids=str)
+def test_one_wrong_number_is_one_error_whose_advice_is_legal(
+    name: str, layout: TokenLayout
+) -> None:
+    cls = MECHANISMS.get(name)
+    for field in fields(cls.options_type):
+        for wrong in NUMBERS.get(str(field.type), ()):
+            options = {**cls.suggest(layout), field.name: wrong}
+            try:
+                mechanism(Spec(name, options)).check_site(SiteShape(3, 24, layout))
+            except MitaswapError as error:
+                advice = re.search(r"; use (\w+)=([^\s,;]+)", str(error))
+                nearest = re.search(r"the nearest count that does is (\d+)", str(error))
+                assert advice or nearest, error
+                option, value = advice.groups() if advice else (field.name, nearest[1])
+                options[option] = type(getattr(cls.options_type(), option))(value)
+                mechanism(Spec(name, options)).check_site(SiteShape(3, 24, layout))
+
+
+@pytest.mark.parametrize("behind", ["", "+gate", "+dwc+prefix"])
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("dat(groups=4)", "groups=4 must divide the 6 heads; use groups=3"),
+        ("inline", "50 channels are no multiple of 6 heads; use local=false"),
+        ("linformer(n=11)", "the nearest count that does is"),
+    ],
+)
+def test_a_site_can_be_asked_about_before_any_work(
+    monkeypatch: pytest.MonkeyPatch, spec: str, message: str, behind: str
+) -> None:
+    part, site = mechanism(spec + behind), SiteShape(6, 8, LAYOUT, width=50)
+    with pytest.raises(MitaswapError) as asked:
+        part.check_site(site)
+    assert message in str(asked.value)
+    monkeypatch.setattr(type(innermost(part)), "build", lambda *_: pytest.fail("work was done"))
     with pytest.raises(MitaswapError) as error:
-        part.check(TokenLayout(1, (8, 3)), 8)
-    assert str(error.value) == (
-        "agent(n=8,bias=true) was built on tokens 1 + 4x7: its biases belong to 2x4 windows, more "
-        "than tokens 1 + 8x3 have rows or columns; use bias=false, or images of at least 2x4 "
-        "patches"
-    )
+        part.attach(site)
+    assert str(error.value) == str(asked.value)
+
+
+@pytest.mark.parametrize("grid", [(4, 13), (3, 17), (13, 4), (2, 6)], ids=str)
+@pytest.mark.parametrize(
+    "spec", ["sparsifiner(k=9)", "linformer", "agent(bias=true)", "agent(bias=true,pool=7x7)"]
+)
+def test_windows_of_the_start_bind_no_later_grid(spec: str, grid: tuple[int, int]) -> None:
+    """Learned parts follow the image size, also where windows that they start from do not fit."""
+    part, layout = mechanism(spec), TokenLayout(1, grid)
+    with pytest.raises(MitaswapError):
+        mechanism(spec).check(layout, 8)
+    part.attach(SiteShape(3, 8, TokenLayout(1, (14, 14))))
+    assert attend(part.double(), *draw(layout), layout).isfinite().all()
 
 
 def test_special_tokens_inside_the_tables_keep_their_number() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -30,6 +31,8 @@ from attention_laws import (
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from mitaswap import TokenLayout, mechanism
 from mitaswap.mechanisms import MECHANISMS, Mechanism, SiteShape, Wrapper
@@ -268,6 +271,38 @@ def test_learned_parts_are_saved_by_name(spec: str) -> None:
     assert differ(fresh, want)
 
 
+# ----------------------------------------------------------------------------------------- memory
+
+
+class Largest(TorchDispatchMode):
+    """Numbers in the largest tensor that any operation returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        made = [x for x in tree_leaves(out) if isinstance(x, Tensor) and "expand" not in str(func)]
+        self.size = max([self.size, *(x.numel() for x in made)])
+        return out
+
+
+def largest(part: Mechanism, layout: TokenLayout) -> int:
+    tensors = [x.to("meta") for x in draw(layout, batch=1)]
+    with torch.no_grad(), Largest() as seen:
+        attend(part, *tensors, layout)
+    return seen.size
+
+
+# torch's own softmax attention is fused everywhere but on meta tensors
+@pytest.mark.parametrize("name", [name for name in MECHANISMS.names() if name != "standard"])
+def test_memory_at_inference_is_linear_in_the_tokens(name: str) -> None:
+    """At default options, those that look at all pairs or whose experts grow with N among them."""
+    few, many = (largest(mechanism(name), TokenLayout(1, (side, side))) for side in (64, 128))
+    assert many <= 4.01 * few
+
+
 # --------------------------------------------------------------------------------- a fresh start
 
 
@@ -361,9 +396,10 @@ LIMITS = [limit for _, cls in MECHANISMS.items() for limit in cls.limits]
 @pytest.mark.parametrize(("spec", "limit"), LIMITS)
 def test_declared_limits(spec: str, limit: str, layout: TokenLayout) -> None:
     """At these options a fresh mechanism is another one, to float64 precision."""
-    sizes = {"tokens": layout.tokens, "patches": layout.patches}
-    part, other = (mechanism(text.format(**sizes)) for text in (spec, limit))
     tensors = draw(layout)
+    dim = tensors[0].shape[3]
+    sizes = {"tokens": layout.tokens, "patches": layout.patches, "dim": dim}
+    part, other = (mechanism(text.format(**sizes)) for text in (spec, limit))
     same(attend(part, *tensors, layout), attend(other, *tensors, layout), 1e-10)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mitaswap.errors import MitaswapError
+from mitaswap.operators import experts
 from mitaswap.operators.experts import attend, attend_experts, merge, take
 from mitaswap.operators.pool import landmarks, pool_shape, pool_tokens
 from mitaswap.operators.precision import outside_autocast, working
@@ -259,6 +262,32 @@ def test_experts_by_blocks_are_experts_one_by_one(
     wanted = torch.autograd.grad((want * probe).sum() + scores.logsumexp(-1).sum(), leaves)
     for got, reference in zip(grads, wanted, strict=True):
         torch.testing.assert_close(got, reference, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("pairs", [1, 30, 70, 500])
+def test_experts_chunk_by_chunk_are_all_at_once(
+    monkeypatch: pytest.MonkeyPatch, pairs: int
+) -> None:
+    q, k = randn(2, 2, 130, 4, seed=1), randn(2, 2, 3, 9, 4, seed=2)
+    v = randn(2, 2, 3, 9, 3, seed=3)
+    leaves = tuple(x.requires_grad_() for x in (q, k, v))
+    choice = CROWDS["random"](130, 3)
+    sizes: list[int] = []
+
+    def run() -> list[Tensor]:
+        out, lse = attend_experts(q, k, v, choice, 0.6)
+        return [out, lse, *torch.autograd.grad(out.square().sum() + lse.sum(), leaves)]
+
+    def counted(q: Tensor, k: Tensor, *rest: Any) -> experts.Branch:
+        sizes.append(q.shape[2] * q.shape[3] * k.shape[3])
+        return attend(q, k, *rest)
+
+    whole = run()
+    monkeypatch.setattr(experts, "PAIRS", pairs)
+    monkeypatch.setattr(experts, "attend", counted)
+    for got, want in zip(run(), whole, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-13)
+    assert len(sizes) > 1 and max(sizes) <= max(pairs, 9)  # one query's keys at least
 
 
 # -------------------------------------------------------------------------------------- precision

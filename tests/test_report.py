@@ -110,7 +110,7 @@ def with_cards(**names: str) -> list[dict[str, Any]]:
             "expert_count": "N / block^2",
             "construction": "a|b",
             "topology": "all-to-one",
-            "source": EVIL,
+            "source": f"{EVIL}, arXiv 2602.01219; v2: arXiv 2106.13797",
             "cost": cost,
             "untrained": untrained,
         }
@@ -446,6 +446,8 @@ def test_mechanisms_stand_in_one_table_by_strategy_and_name(tmp_path: Path) -> N
     page = page_of(path)
     assert "#mechanisms" in [link["href"] for link in page.all("a")]
     assert page.all("script") == [] and page.text.count(EVIL) >= 6, "sources are text"
+    outside = {link["href"] for link in page.all("a") if "://" in (link["href"] or "")}
+    assert outside == {"https://arxiv.org/abs/2602.01219", "https://arxiv.org/abs/2106.13797"}
     text = (path.parent / "report.md").read_text(encoding="utf-8")
     row = "| linear | compression | MLP | N / block² | a\\|b | all-to-one | N d² |"
     assert "## Mechanisms" in text and row in text

@@ -292,6 +292,70 @@ def test_walk_tells_branches_apart_by_what_flows_into_them() -> None:
         }
 
 
+class Sequence(nn.Module):
+    """Attention over tokens that no feature map explains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.att, self.last = PlainAttention(), PlainAttention()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.att(x))
+
+
+@pytest.mark.parametrize("spec", ["linear", "topk(k=5)", "performer", "ttt", "linear+gate"])
+def test_where_no_grid_is_known_mechanisms_run_by_name_that_need_none(spec: str) -> None:
+    model, example = Sequence(), torch.randn(2, 17, 32)
+    untouched = model(example)
+    # "*" leaves it out, as it leaves text towers out, and says how it can be had
+    with pytest.raises(SwapError, match=r"att: no feature map .* needs no grid: .*layers='att'"):
+        mitaswap.swap(model, spec, example=example)
+    with mitaswap.swap(model, spec, "att", example=example):
+        assert list(swapped_sites(model)) == ["att"]
+        assert not torch.allclose(model(example), untouched)
+        model(torch.randn(3, 11, 32))  # as many tokens as come
+    assert torch.equal(model(example), untouched)
+    with mitaswap.swap(model, {"0-1": "standard"}, example=example):
+        assert torch.equal(model(example), untouched)
+        longer = torch.randn(2, 23, 32)
+        assert torch.equal(model(longer), copy.deepcopy(model)(longer))
+
+
+@pytest.mark.parametrize("spec", ["mita", "linear+dwc", "topk(k=5)+prefix"])
+@pytest.mark.parametrize("layers", ["*", "att"])
+def test_a_missing_grid_is_an_error_that_says_who_needs_it_and_who_does_not(
+    spec: str, layers: str
+) -> None:
+    model = Sequence()
+    with pytest.raises(SwapError) as error:
+        mitaswap.swap(model, spec, layers, example=torch.randn(2, 17, 32))
+    message = str(error.value)
+    assert "att: no feature map" in message or "att cannot be swapped: no feature map" in message
+    assert f"{mitaswap.mechanism(spec).spec} needs the patch grid" in message
+    assert "cannot be given" in message and "linear, " in message and "layers='att'" in message
+    assert "mita," not in message and not swapped_sites(model)
+
+
+def test_learned_parts_of_another_grid_need_not_fit_as_if_they_were_new() -> None:
+    """Windows of the grid that they were built for, which this one would be too small for."""
+    model, built = PlainNetwork(PlainAttention()), {"layers.0": TokenLayout(0, (14, 14))}
+    with pytest.raises(SwapError, match=r"layers.0: linformer.n=49.: n=49 must be"):
+        mitaswap.swap(model, "linformer", example=images(64, 96))
+    with mitaswap.swap(model, "linformer", example=images(64, 96), built=built):
+        model(images(64, 96))
+
+
+def test_a_site_without_grid_stays_swapped_in_copies_and_compiled() -> None:
+    model, example = Sequence().eval(), torch.randn(2, 17, 32)
+    mitaswap.swap(model, "topk(k=5)", "att,last", example=example)
+    expected = model(example)
+    assert torch.equal(copy.deepcopy(model)(example), expected)
+    for tokens in (17, 11):
+        x = torch.randn(2, tokens, 32)
+        compiled = torch.compile(model, backend="eager")
+        assert torch.allclose(compiled(x), model(x), atol=1e-6)
+
+
 def test_every_refused_network_says_why_and_stays_untouched() -> None:
     asked: dict[str, Any] = {name: build(name) for name in REFUSED if name.startswith("timm")}
     for name, model in asked.items():

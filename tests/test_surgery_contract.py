@@ -557,7 +557,7 @@ def test_sites_of_an_earlier_walk_save_the_dry_forward() -> None:
             r"blocks.1.attn: mita\(m=17,k=4\): m=17 must be between 1 and .*16",
         ),
         ("mita(m=4,k=18)", "*", r"blocks.0.attn: .*k=18 must be between 1 and the 17 tokens"),
-        ("agent(n=13)", "*", r"blocks.0.attn: 13 landmarks do not fit a 4x4 grid"),
+        ("agent(n=13)", "*", r"blocks.0.attn: agent\(n=13\): 13 landmarks do not fit a 4x4 grid"),
     ],
     ids=["path", "number", "range", "mechanism", "option", "m", "k", "partition"],
 )

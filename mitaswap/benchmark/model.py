@@ -17,10 +17,10 @@ from mitaswap.benchmark.core import CoreShape, Setting, compile_alone
 from mitaswap.benchmark.timing import Failure, attempt
 from mitaswap.checkpoint import open_network
 from mitaswap.errors import MitaswapError
-from mitaswap.mechanisms import SiteShape, mechanism
+from mitaswap.mechanisms import SiteShape
 from mitaswap.models import Network
-from mitaswap.spec import Spec
-from mitaswap.surgery import Site, swap, walk
+from mitaswap.spec import Recipe, Spec
+from mitaswap.surgery import Site, ask, swap, walk
 
 _MOST = 4096  # images that a search for the best batch tries
 _GAIN = 1.02  # of images/s that counts as better
@@ -32,7 +32,7 @@ class Swaps:
     """One network at one image size, and what may be put into it.
 
     Args:
-        network: as its library made it, on the CPU.
+        network: as its library made it.
         size: height and width of the images.
         sites: its attention sites at that size.
     """
@@ -42,11 +42,24 @@ class Swaps:
     sites: list[Site]
 
     @classmethod
-    def open(cls, name: str, size: tuple[int, int] | None, seed: int, **options: Any) -> Swaps:
-        """The network for images of that size; None is its own."""
+    def open(
+        cls,
+        name: str,
+        size: tuple[int, int] | None,
+        seed: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        **options: Any,
+    ) -> Swaps:
+        """The network for images of that size; None is its own.
+
+        The forwards that find its sites and check a swap run on the device: at 2,048 pixels they
+        take minutes on a CPU.
+        """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network = open_network(name, swapped=False, img_size=size, **options)
+        network.module.to(device, dtype)
         size = size or network.preprocess.size
         sites = walk(network.module, network.inputs(network.example(2, size)))
         return cls(network, size, sites)
@@ -73,10 +86,8 @@ class Swaps:
         return [CoreShape(batch=batch, site=site, **vars(like)) for site in found]
 
     def check(self, spec: Spec) -> None:
-        """Raise `MitaswapError` if the options do not fit a site: before any work is done."""
-        for site in self.sites:
-            if site.swappable and site.layout is not None:
-                mechanism(spec).check(site.layout, site.head_dim)
+        """Raise `MitaswapError` if it does not fit a site: before any work is done."""
+        ask(self.network.module, Recipe.of(spec), self.sites)
 
 
 def model_runs(

@@ -11,15 +11,19 @@ import typer
 
 from mitaswap.cli._app import app, out
 from mitaswap.cli._tables import show
+from mitaswap.spec import Spec
 
 if TYPE_CHECKING:
     from mitaswap.mechanisms import Mechanism
+
+_USUAL = "for 3 heads of 64 at 1 + 14x14 tokens"
 
 
 @app.command()
 def ls(
     name: Annotated[
-        Optional[str], typer.Argument(help="A mechanism, to read all about it and its options.")
+        Optional[str],
+        typer.Argument(help="A mechanism or wrapper, to read all about it and its options."),
     ] = None,
     everything: Annotated[
         bool,
@@ -33,7 +37,7 @@ def ls(
     from mitaswap.mechanisms import MECHANISMS, OUTSIDE, WRAPPERS, mechanism
 
     if name is not None:
-        _one(mechanism(name))
+        _one(name)
         return
     known = dict(MECHANISMS.items())
     show(
@@ -56,7 +60,7 @@ def ls(
         [_running(mechanism(n)) for n in known],
     )  # fmt: skip
     show(
-        "Wrappers, behind any mechanism: 'mita(m=25,k=25)+dwc+gate'",
+        "Wrappers, behind any mechanism, from left to right: 'mita(m=25,k=25)+dwc+gate'",
         {"wrapper": "words", "options": "text", "what it does": "text"},
         [
             (f"+{n}", ", ".join(_option(f) for f in fields(w.options_type)) or "none", w.summary)
@@ -101,35 +105,72 @@ def _running(part: Mechanism) -> tuple[str, ...]:
     )
 
 
-def _one(part: Mechanism) -> None:
-    """All about one mechanism, as it is configured."""
-    from mitaswap.mechanisms import MECHANISMS, learned_numbers
+def _one(name: str) -> None:
+    """All about one mechanism as it is configured and about what is around it, or about a wrapper
+    alone.
+    """
+    from mitaswap.mechanisms import MECHANISMS, WRAPPERS, Wrapper, learned_numbers, mechanism
 
-    cls = MECHANISMS.get(part.spec.name)
-    wrapped = f" (inside {part.spec})" if part.spec.wrappers else ""
-    out.print(f"{cls.name}{wrapped}", style="bold", markup=False)
+    spec = Spec.parse(name.strip().removeprefix("+"))
+    alone = spec.name in WRAPPERS and spec.name not in MECHANISMS
+    if alone:  # around the mechanism that any wrapper suits, to have its options checked
+        own = Spec(spec.name, spec.options)
+        spec = Spec("standard", {}, (own, *spec.wrappers))
+    part = mechanism(spec)
+    learned = learned_numbers(part)  # what is impossible is an error before anything is printed
+    parts: list[Any] = [part]
+    while isinstance(parts[0], Wrapper):
+        parts.insert(0, parts[0].inner)
+    if len(parts) > 1 and not alone:
+        out.print(f"{part.spec}, from the inside out", style="bold", markup=False)
+        show("", {"about": "text", "": "text"}, _reading(part, learned))
+        out.print()
+    for each in parts[1:] if alone else parts:
+        _part(each)
+
+
+def _part(part: Mechanism) -> None:
+    """One mechanism, or one wrapper, without what is inside it."""
+    from mitaswap.mechanisms import mechanism
+    from mitaswap.results import addresses
+
+    cls: Any = type(part)
+    inner = getattr(part, "inner", None)
+    numbers = sum(p.numel() for p in part.parameters())
+    own = numbers - sum(p.numel() for p in inner.parameters()) if inner else numbers
+    sources = cls.__doc__ if inner else cls.card.source
+    about = [("link", ", ".join(addresses(" ".join(sources.split())).values()) or "none")]
+    if inner:
+        reads = sorted(cls(mechanism("standard"), part.options).needs)  # by itself
+        needs = ", ".join(["q, k, v", *reads])
+        learned = f"{own:,} parameters {_USUAL}"
+        about = [("does", cls.summary), *about, ("needs", needs), ("learned", learned)]
+    else:
+        limits = "\n".join(f"{spec} is {limit}" for spec, limit in cls.limits) or "none"
+        card = [(f.name.replace("_", " "), getattr(cls.card, f.name)) for f in fields(cls.card)]
+        about = [*card, *about, ("limits", limits), *_reading(part, own)]
+    out.print(f"+{cls.name}" if inner else cls.name, style="bold", markup=False)
     out.print(_flowing(cls.__doc__ or ""), markup=False, highlight=False)
-    card, learned = cls.card, learned_numbers(part)
-    show(
-        "",
-        {"about": "text", "": "text"},
-        [
-            *((f.name.replace("_", " "), getattr(card, f.name)) for f in fields(card)),
-            ("limits", "\n".join(f"{spec} is {limit}" for spec, limit in cls.limits) or "none"),
-            ("needs", ", ".join(["q, k, v", *sorted(part.needs)])),
-            ("honours", ", ".join(sorted(part.supports)) or "no bias, mask or dropout"),
-            ("learned", f"{learned:,} parameters for 3 heads of 64 at 1 + 14x14 tokens"),
-        ],
-    )
-    about = _described(cls.options_type)
-    show(
-        "Options",
-        {"option": "text", "default": "words", "meaning": "text"},
-        [
-            (_option(entry, default=False), _shown(entry.default), about.get(entry.name, ""))
-            for entry in fields(cls.options_type)
-        ],
-    )
+    show("", {"about": "text", "": "text"}, about)
+    meanings = _described(cls.options_type)
+    if fields(cls.options_type):
+        show(
+            "Options",
+            {"option": "text", "default": "words", "meaning": "text"},
+            [
+                (_option(e, default=False), _shown(e.default), meanings.get(e.name, ""))
+                for e in fields(cls.options_type)
+            ],
+        )
+
+
+def _reading(part: Mechanism, learned: int) -> list[tuple[str, str]]:
+    """What a mechanism reads of a site and what it learns there."""
+    return [
+        ("needs", ", ".join(["q, k, v", *sorted(part.needs)])),
+        ("honours", ", ".join(sorted(part.supports)) or "no bias, mask or dropout"),
+        ("learned", f"{learned:,} parameters {_USUAL}"),
+    ]
 
 
 def _flowing(docstring: str) -> str:

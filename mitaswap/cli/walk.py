@@ -47,6 +47,12 @@ def walk(
     for reason in dict.fromkeys(site.reason for site in sites if site.reason):
         which = [str(number) for number, site in enumerate(sites) if site.reason == reason]
         out.print(Text(f"not {', '.join(which)}: {reason}", "yellow"), soft_wrap=True)
+    if any(site.gridless and site.bias == "none" and not site.mechanism for site in sites):
+        out.print(
+            "Where only the grid is unknown, mechanisms that need none (`mitaswap ls`) run if the "
+            "layer is asked for by name, --layers PATH.",
+            markup=False,
+        )
     usable = sum(site.swappable for site in sites)
     out.print(f"{usable} of {len(sites)} sites can be swapped.")
 

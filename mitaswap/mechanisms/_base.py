@@ -47,8 +47,8 @@ class Mechanism(nn.Module):
     card: ClassVar[Card]
     #: option sets that the laws of the test suite and the benchmarks run over
     samples: ClassVar[tuple[dict[str, Value], ...]] = ({},)
-    #: options at which it equals another mechanism, as pairs of call strings; {tokens}, {patches},
-    #: {height} and {width} are those of the layout
+    #: options at which it equals another mechanism, as pairs of call strings; {tokens} and
+    #: {patches} are those of the layout, {dim} is the head's
     limits: ClassVar[tuple[tuple[str, str], ...]] = ()
     #: the laws that hold for it, of `TRAITS`; where options decide, a property
     traits: ClassVar[frozenset[str]] = frozenset()
@@ -109,8 +109,18 @@ class Mechanism(nn.Module):
 
     def check(self, layout: TokenLayout, head_dim: int) -> None:
         """Raise `MitaswapError` if these options cannot work on `layout`: called before any work is
-        done.
+        done, for every layout.
         """
+
+    def check_site(self, site: SiteShape) -> None:
+        """All that can be asked before a mechanism is attached, without building anything: `check`,
+        and what depends on heads and width.
+        """
+        self.check(site.layout, site.head_dim)
+
+    def _built(self, layout: TokenLayout) -> TokenLayout:
+        """The layout that learned parts were created for; `layout` if there are none yet."""
+        return self.site.layout if self.site else layout
 
     @classmethod
     def suggest(cls, layout: TokenLayout) -> dict[str, Value]:
@@ -131,7 +141,7 @@ class Mechanism(nn.Module):
         """
         if self.site is not None:
             raise MitaswapError(f"{self.spec} is attached already, to {self.site}")
-        self.check(site.layout, site.head_dim)
+        self.check_site(site)
         if type(self).build is not Mechanism.build:
             # parts that can be trained, with their numbers, whatever mode or device the caller set
             with torch.inference_mode(False), torch.device("cpu"):

@@ -83,6 +83,10 @@ class Wrapper(Mechanism):
     def check(self, layout: TokenLayout, head_dim: int) -> None:
         self.inner.check(layout, head_dim)
 
+    def check_site(self, site: SiteShape) -> None:
+        self.inner.check_site(site)
+        super().check_site(site)
+
     def attach(self, site: SiteShape) -> None:
         if self.site is None:
             self.inner.attach(site)

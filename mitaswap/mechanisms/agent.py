@@ -33,7 +33,8 @@ class AgentOptions(Options):
     Args:
         n: number of agents, averages of the queries over n windows of the patch grid.
         pool: windows as `AxB`; `auto` chooses the most square ones.
-        bias: the paper's agent bias, B1 and B2.
+        bias: the paper's agent bias, B1 and B2: learned, and zero at first. Off by default, so that
+            the mechanism has no parameters and its kernel can run, which takes no bias.
     """
 
     n: int = 49
@@ -48,10 +49,13 @@ class Agent(Mechanism):
 
     B1 [n, N] is a sum of three maps over the patch grid, each resized bilinearly to the grid at
     hand: one of at most 7 x 7 blocks, one of rows, one of columns. Special tokens, which no map
-    holds, share one number per agent. B2 [N, n] is made alike. The paper's module is agent+dwc.
+    holds, share one number per agent. B2 [N, n] is made alike. The paper's module is
+    agent(bias=true)+dwc.
 
     With `bias`, agent i keeps its numbers on every grid, and so its window: the agents stay a x b
-    windows as on the grid that they were built for. Without, `auto` chooses anew for each grid.
+    windows as on the grid that they were built for. Where another grid has fewer rows or columns
+    than that, windows overlap and maps have fewer places than blocks. Without `bias`, `auto`
+    chooses windows anew for each grid.
 
     Parameters, all zero at first, for a grid of h x w:
         keys_block, queries_block [H, n, min(7, h), min(7, w)], keys_rows, queries_rows [H, n, h,
@@ -80,9 +84,10 @@ class Agent(Mechanism):
     axes = (("N", "n"),)
 
     def check(self, layout: TokenLayout, head_dim: int) -> None:
-        patches = layout.patches
-        in_range(self, "n", self.options.n, 1, patches, f"patches (tokens {layout})")
-        self._shape(layout)
+        if self.site is None or not self.options.bias:  # learned maps and their agents fit any grid
+            patches = layout.patches
+            in_range(self, "n", self.options.n, 1, patches, f"patches (tokens {layout})")
+            self._shape(layout)
         if self.options.impl == "fused" and self.options.bias:
             raise MitaswapError(
                 f"{self.spec} has no kernel for bias=true; use impl=auto or impl=reference"
@@ -96,20 +101,13 @@ class Agent(Mechanism):
     def _shape(self, layout: TokenLayout) -> tuple[int, int]:
         """Rows and columns of the agents' windows."""
         if self.site is None or not self.options.bias:
-            return pool_shape(self.options.n, layout.grid, self.options.pool)
-        a, b = self.windows
-        if a > layout.grid[0] or b > layout.grid[1]:
-            raise MitaswapError(
-                f"{self.spec} was built on tokens {self.site.layout}: its biases belong to {a}x{b} "
-                f"windows, more than tokens {layout} have rows or columns; use bias=false, or "
-                f"images of at least {a}x{b} patches"
-            )
-        return a, b
+            return pool_shape(self.options.n, layout.grid, self.options.pool, asker=self)
+        return self.windows
 
     def build(self, site: SiteShape) -> None:
         if not self.options.bias:
             return
-        self.windows = pool_shape(self.options.n, site.layout.grid, self.options.pool)
+        self.windows = self._shape(site.layout)
         height, width = site.layout.grid
         shapes: dict[str, tuple[int, ...]] = {
             "block": (min(BLOCKS, height), min(BLOCKS, width)),

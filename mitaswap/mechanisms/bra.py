@@ -14,8 +14,8 @@ from torch import Tensor
 from mitaswap.mechanisms._base import MECHANISMS, Mechanism, Options
 from mitaswap.mechanisms._card import Card, Cost, Routing, SiteShape
 from mitaswap.operators.counting import attend_flops, product_flops
-from mitaswap.operators.experts import Branch, attend, take
-from mitaswap.operators.pool import pool_shape
+from mitaswap.operators.experts import Branch, attend_blocks
+from mitaswap.operators.pool import nearest_count, pool_shape
 from mitaswap.operators.precision import outside_autocast, working
 from mitaswap.operators.ranges import in_range
 from mitaswap.operators.routed import special_flops, special_routing, with_special
@@ -99,13 +99,12 @@ class Bra(Mechanism):
         return frozenset(held)
 
     def check(self, layout: TokenLayout, head_dim: int) -> None:
-        o = self.options
-        for name, value, most, of in (
-            ("n", o.n, layout.patches, "patches"),
-            ("k", o.k, o.n, "regions (n)"),
-        ):
-            in_range(self, name, value, 1, most, f"{of} (tokens {layout})")
-        pool_shape(o.n, layout.grid, o.pool, asker=self, what="windows")
+        o, grid, patches = self.options, layout.grid, layout.patches
+        # too few for k as well
+        fits = (nearest_count(o.k, grid, o.k), patches) if o.n < 1 else None
+        in_range(self, "n", o.n, 1, patches, f"patches (tokens {layout})", fits)
+        pool_shape(o.n, grid, o.pool, asker=self, what="windows", least=o.k)
+        in_range(self, "k", o.k, 1, o.n, f"regions (n) (tokens {layout})")
 
     @classmethod
     def suggest(cls, layout: TokenLayout) -> dict[str, Value]:
@@ -147,13 +146,8 @@ class Bra(Mechanism):
         windows = self._windows(layout, q.device)
         chosen = self._graph(q, k, windows)
         queries, keys = windows.flag(windows.split(q), windows.split(k))
-
-        def routed(x: Tensor) -> Tensor:  # [B, H, n, L, D] to [B, H, n, k * L, D]
-            rows = take(x.flatten(3), chosen.flatten(2))
-            return rows.view(*x.shape[:3], self.options.k * windows.width, x.shape[4])
-
-        read = attend(queries, routed(keys), routed(windows.split(v)), scale)
-        branch = windows.join(read[0]), windows.join(read[1])
+        out, lse = attend_blocks(queries, keys, windows.split(v), chosen, scale)
+        branch = windows.join(out), windows.join(lse)
         return with_special(q, k, v, [branch], layout, scale)
 
     @outside_autocast

@@ -16,7 +16,7 @@ from mitaswap.mechanisms._base import MECHANISMS, Mechanism, Options
 from mitaswap.mechanisms._card import Card, Cost, SiteShape
 from mitaswap.operators.counting import attend_flops, depthwise_flops, product_flops
 from mitaswap.operators.precision import outside_autocast, working
-from mitaswap.operators.ranges import at_least, in_range
+from mitaswap.operators.ranges import at_least, in_range, odd
 from mitaswap.operators.routed import special_flops, with_special
 from mitaswap.operators.sampling import bilinear, raster
 from mitaswap.tokens import TokenLayout
@@ -112,14 +112,13 @@ class Dat(Mechanism):
         o, most = self.options, min(layout.grid)
         of = f"patches along the grid's smaller side (tokens {layout})"
         in_range(self, "stride", o.stride, 1, most, of)
-        if o.kernel < 1 or o.kernel % 2 == 0:
-            raise MitaswapError(
-                f"{self.spec}: kernel={o.kernel} must be odd; use kernel={max(o.kernel + 1, 1)}"
-            )
+        side = max(self._built(layout).grid)
+        odd(self, "kernel", o.kernel, side, ", or the convolution is not centred")
         at_least(self, "groups", o.groups, 1)
         at_least(self, "reach", o.reach, 0, "which is no limit")
 
-    def build(self, site: SiteShape) -> None:
+    def check_site(self, site: SiteShape) -> None:
+        super().check_site(site)
         o = self.options
         if site.heads % o.groups:
             divisors = [n for n in range(1, site.heads + 1) if site.heads % n == 0]
@@ -128,6 +127,9 @@ class Dat(Mechanism):
                 f"{self.spec}: groups={o.groups} must divide the {site.heads} heads; use "
                 f"groups={near}"
             )
+
+    def build(self, site: SiteShape) -> None:
+        o = self.options
         channels = site.heads // o.groups * site.head_dim
         mean = torch.full((channels, 1, o.kernel, o.kernel), o.kernel**-2.0)
         self.dwc_weight = nn.Parameter(mean)

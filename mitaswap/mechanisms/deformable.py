@@ -16,7 +16,7 @@ from mitaswap.mechanisms._base import MECHANISMS, Mechanism, Options
 from mitaswap.mechanisms._card import Card, Cost, SiteShape
 from mitaswap.operators.counting import product_flops
 from mitaswap.operators.precision import outside_autocast, working
-from mitaswap.operators.ranges import at_least
+from mitaswap.operators.ranges import in_range
 from mitaswap.operators.routed import special_flops, with_special
 from mitaswap.operators.sampling import bilinear, raster
 from mitaswap.tokens import TokenLayout
@@ -70,7 +70,8 @@ class Deformable(Mechanism):
     axes = (("K", "points"),)
 
     def check(self, layout: TokenLayout, head_dim: int) -> None:
-        at_least(self, "points", self.options.points, 1)
+        most = max(self._built(layout).patches, DeformableOptions.points)
+        in_range(self, "points", self.options.points, 1, most, f"patches (tokens {layout})")
 
     def build(self, site: SiteShape) -> None:
         points = self.options.points

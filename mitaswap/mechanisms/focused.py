@@ -83,7 +83,10 @@ class Focused(Mechanism):
         cost="N d^2",
         untrained="needs finetuning",
     )
-    limits = (("focused(positions=true)", "focused"),)
+    limits = (
+        ("focused(positions=true)", "focused"),
+        ("focused(factor=1)", "linear(feature=relu)"),
+    )
     samples = (
         {},
         {"factor": 8.0},

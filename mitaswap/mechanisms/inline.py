@@ -91,14 +91,17 @@ class Inline(Mechanism):
     def check(self, layout: TokenLayout, head_dim: int) -> None:
         at_least(self, "t", self.options.t, 0)
 
-    def build(self, site: SiteShape) -> None:
-        if not self.options.local:
-            return
-        if site.width % site.heads:
+    def check_site(self, site: SiteShape) -> None:
+        super().check_site(site)
+        if self.options.local and site.width % site.heads:
             raise MitaswapError(
                 f"{self.spec} cuts the input's channels into one slice per head, and "
                 f"{site.width} channels are no multiple of {site.heads} heads; use local=false"
             )
+
+    def build(self, site: SiteShape) -> None:
+        if not self.options.local:
+            return
         heads, width, taps = site.heads, site.width // site.heads, 9 * site.value_dim
         self.hidden_weight = nn.Parameter(torch.eye(width).repeat(heads, 1, 1))
         self.hidden_bias = nn.Parameter(torch.zeros(heads, width))

@@ -55,8 +55,17 @@ class MitaOptions(Options):
 
 @MECHANISMS.register("mita")
 class Mita(Mechanism):
-    """One softmax over the m shared entries and the k * s keys of the routed experts; O(N (m + k s)
-    d).
+    """O = softmax([Q Q~^T, Q K_e1^T, ..., Q K_es^T] / sqrt(d)) [V~, V_e1, ..., V_es]: one softmax
+    over the m entries of the shared expert and the k s keys of the query's routed experts.
+
+    Landmarks Q~ [m, d] are averages of Q over m equal windows of the patch grid. Their scores of
+    the keys, S = Q~ K^T / sqrt(d) [m, N], make all experts. The shared one has keys Q~ and values
+    V~ = softmax(S) V. Routed expert i is K_i, V_i: the k keys with the largest S_i, and their
+    values. e1, ..., es are the experts with the largest q Q~^T. A key in two of them counts twice.
+    No gradient goes through the two choices, an exact one through all else.
+
+    `route-only` leaves out Q~ and V~, `compress-only` all K_e and V_e, which is agent attention.
+    Special tokens are in no window; as queries and keys they are like all others.
     """
 
     options_type = MitaOptions
@@ -108,7 +117,7 @@ class Mita(Mechanism):
         }
         for name, (value, most, of) in limits.items():
             in_range(self, name, value, 1, most, f"{of} (tokens {layout})")
-        pool_shape(o.m, layout.grid, o.pool)
+        pool_shape(o.m, layout.grid, o.pool, asker=self)
 
     @property
     def traits(self) -> frozenset[str]:  # type: ignore[override]

@@ -16,7 +16,7 @@ from mitaswap.mechanisms._card import Card, Cost, Routing, SiteShape
 from mitaswap.operators.blocks import expert_blocks
 from mitaswap.operators.counting import attend_flops, product_flops
 from mitaswap.operators.experts import Branch, attend_experts
-from mitaswap.operators.pool import pool_shape
+from mitaswap.operators.pool import nearest_count, pool_shape
 from mitaswap.operators.precision import outside_autocast, working
 from mitaswap.operators.ranges import in_range
 from mitaswap.operators.routed import special_flops, special_routing, with_special
@@ -94,18 +94,19 @@ class Moba(Mechanism):
         return frozenset(held)
 
     def check(self, layout: TokenLayout, head_dim: int) -> None:
-        o = self.options
-        for name, value, most, of in (
-            ("n", o.n, layout.patches, "patches"),
-            ("k", o.k, o.n, "blocks (n)"),
-        ):
-            in_range(self, name, value, 1, most, f"{of} (tokens {layout})")
+        o, patches = self.options, layout.patches
+        grid = layout.grid if o.blocks == "windows" else (1, patches)
+        # too few for k as well
+        fits = (nearest_count(o.k, grid, o.k), patches) if o.n < 1 else None
+        in_range(self, "n", o.n, 1, patches, f"patches (tokens {layout})", fits)
         if o.blocks == "windows":
-            pool_shape(o.n, layout.grid, o.pool, asker=self, what="windows")
+            pool_shape(o.n, grid, o.pool, asker=self, what="windows", least=o.k)
         elif o.pool != "auto":
             raise MitaswapError(
-                f"{self.spec}: pool={o.pool} is a shape of windows; use blocks=windows or pool=auto"
+                f"{self.spec}: pool={o.pool} is a shape of windows; use pool=auto, or "
+                "blocks=windows and pool=AxB with A * B = n"
             )
+        in_range(self, "k", o.k, 1, o.n, f"blocks (n) (tokens {layout})")
 
     @classmethod
     def suggest(cls, layout: TokenLayout) -> dict[str, Value]:

@@ -22,7 +22,7 @@ from mitaswap.operators.experts import Branch, attend, attend_experts, merge
 from mitaswap.operators.importance import attend_and_pick
 from mitaswap.operators.neighbourhood import attend_near, near_flops
 from mitaswap.operators.precision import outside_autocast, working
-from mitaswap.operators.ranges import at_least, in_range
+from mitaswap.operators.ranges import in_range
 from mitaswap.operators.routed import special_flops, special_routing
 from mitaswap.operators.select import best_with
 from mitaswap.operators.special import join, split
@@ -127,11 +127,15 @@ class Nsa(Mechanism):
         return frozenset(held if self.options.choice == "shared" else held | {"heads"})
 
     def check(self, layout: TokenLayout, head_dim: int) -> None:
-        o = self.options
-        at_least(self, "block", o.block, 1)
-        count, at = math.prod(self._cut(layout)[1]), f"(tokens {layout})"
-        in_range(self, "local", o.local, 0, count, f"blocks {at}")
-        in_range(self, "first", o.first, 0, count - o.local, f"blocks beside the local ones {at}")
+        o, at = self.options, f"(tokens {layout})"
+        if not 1 <= o.block <= NsaOptions.block:  # the others are to blame where blocks are small
+            self._check_block(layout)
+        count = math.prod(self._cut(layout)[1])
+        read = min(o.k, count)  # local and first that are too many shall fit in
+        fits = 0, max(0, read - o.first)
+        in_range(self, "local", o.local, 0, count, f"blocks {at}", fits)
+        of, fits = f"blocks beside the local ones {at}", (0, max(0, read - o.local))
+        in_range(self, "first", o.first, 0, count - o.local, of, fits)
         of = f"blocks, and no fewer than first + local, which it counts {at}"
         in_range(self, "k", o.k, max(1, o.first + o.local), count, of)
         if o.window < 1 or o.window % 2 == 0:
@@ -139,6 +143,19 @@ class Nsa(Mechanism):
                 f"{self.spec}: window={o.window} must be odd, with the query in its middle; use "
                 f"window={max(o.window + 1, 1)}"
             )
+
+    def _check_block(self, layout: TokenLayout) -> None:
+        """As many blocks as k, first and local ask for, if there can be that many."""
+        o, built = self.options, self._built(layout)  # maps of its blocks fit smaller grids
+        whole = max(*layout.grid, *built.grid)
+        if o.blocks == "raster":
+            whole = math.isqrt(max(layout.patches, built.patches) - 1) + 1
+        sides = range(1, max(whole, NsaOptions.block) + 1)
+        need = max(1, o.k, o.first + o.local)
+        need = need if need <= layout.patches else 1
+        most = max(side for side in sides if math.prod(self._cut(layout, side)[1]) >= need)
+        of = f"patches a side that leave {need} block{'s' * (need > 1)} (tokens {layout})"
+        in_range(self, "block", o.block, 1, most, of)
 
     @classmethod
     def suggest(cls, layout: TokenLayout) -> dict[str, Value]:
@@ -185,9 +202,11 @@ class Nsa(Mechanism):
         side = self.options.window
         return (0, side * side // 2) if self.options.blocks == "raster" else (side // 2, side // 2)
 
-    def _cut(self, layout: TokenLayout) -> tuple[tuple[int, int], tuple[int, int]]:
-        """The grid that is cut, and the shape of the cut: a raster is a grid of one row."""
-        side = self.options.block
+    def _cut(self, layout: TokenLayout, side: int = 0) -> tuple[tuple[int, int], tuple[int, int]]:
+        """The grid that is cut, and the shape of the cut into blocks of `side` (0: as the options
+        say): a raster is a grid of one row.
+        """
+        side = side or self.options.block
         if self.options.blocks == "raster":
             return (1, layout.patches), (1, -(-layout.patches // side**2))
         return layout.grid, (-(-layout.grid[0] // side), -(-layout.grid[1] // side))

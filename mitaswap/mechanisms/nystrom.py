@@ -11,14 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mitaswap.errors import MitaswapError
 from mitaswap.mechanisms._base import MECHANISMS, Mechanism, Options
 from mitaswap.mechanisms._card import Card, Cost, SiteShape
 from mitaswap.operators.counting import attend_flops, product_flops
 from mitaswap.operators.experts import attend
 from mitaswap.operators.pool import landmarks, pool_shape, pool_tokens
 from mitaswap.operators.precision import outside_autocast, working
-from mitaswap.operators.ranges import at_least, in_range
+from mitaswap.operators.ranges import at_least, in_range, odd
 from mitaswap.spec import Value
 from mitaswap.tokens import TokenLayout
 
@@ -125,12 +124,8 @@ class Nystrom(Mechanism):
         at_least(self, "iterations", o.iterations, 1)
         if windows:
             pool_shape(o.m, layout.grid, asker=self)
-        at_least(self, "conv", o.conv, 0, "which leaves out the convolution")
-        if o.conv and o.conv % 2 == 0:
-            raise MitaswapError(
-                f"{self.spec}: conv={o.conv} must be odd, or the convolution is not centred; use "
-                f"conv={o.conv + 1}, or conv=0 to leave it out"
-            )
+        length, why = self._built(layout).tokens, ", or the convolution is not centred"
+        odd(self, "conv", o.conv, length, why, zero=True)
 
     def build(self, site: SiteShape) -> None:
         if self.options.conv:

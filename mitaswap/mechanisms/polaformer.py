@@ -12,14 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mitaswap.errors import MitaswapError
 from mitaswap.mechanisms._base import MECHANISMS, Mechanism, Options
 from mitaswap.mechanisms._card import Card, Cost, SiteShape
 from mitaswap.operators.counting import depthwise_flops, product_flops
 from mitaswap.operators.depthwise import convolved
 from mitaswap.operators.positions import with_positions
 from mitaswap.operators.precision import outside_autocast, working
-from mitaswap.operators.ranges import at_least
+from mitaswap.operators.ranges import at_least, odd
 from mitaswap.tokens import TokenLayout
 
 
@@ -122,13 +121,8 @@ class Polaformer(Mechanism):
     def check(self, layout: TokenLayout, head_dim: int) -> None:
         at_least(self, "alpha", self.options.alpha, 0, "as exponents are at least 1")
         at_least(self, "eps", self.options.eps, 0)
-        conv = self.options.conv
-        at_least(self, "conv", conv, 0, "which leaves out the convolution")
-        if conv and conv % 2 == 0:
-            raise MitaswapError(
-                f"{self.spec}: conv={conv} must be odd, or the convolution is not centred; use "
-                f"conv={conv + 1}, or conv=0 to leave it out"
-            )
+        side, why = max(self._built(layout).grid), ", or the convolution is not centred"
+        odd(self, "conv", self.options.conv, side, why, zero=True)
 
     def build(self, site: SiteShape) -> None:
         self.power = nn.Parameter(torch.zeros(site.heads, site.head_dim))

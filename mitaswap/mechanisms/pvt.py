@@ -85,7 +85,10 @@ class Pvt(Mechanism):
         cost="N^2 d / r^2",
         untrained="needs finetuning",
     )
-    limits = (("pvt(r=1,norm=false)", "standard"),)
+    limits = (
+        ("pvt(r=1,norm=false)", "standard"),
+        ("pvt(reduction=pool,size=7)", "linformer(n=49)"),
+    )
     samples = (
         {"r": 3},
         {"r": 3, "norm": False},

@@ -81,6 +81,7 @@ class Reformer(Mechanism):
         cost="N rounds chunk d",
         untrained="needs finetuning",
     )
+    limits = (("reformer(chunk={tokens},across=true,share_qk=false,rounds=1)", "standard"),)
     samples = (
         {"chunk": 8, "rounds": 2},
         {"chunk": 8, "rounds": 2, "share_qk": False},

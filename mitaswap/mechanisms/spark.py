@@ -68,7 +68,10 @@ class Spark(Mechanism):
         cost="N^2 r + N k d",
         untrained="needs finetuning",
     )
-    limits = (("spark(k={tokens},gate=exp,select=exact)", "standard"),)
+    limits = (
+        ("spark(k={tokens},gate=exp,select=exact)", "standard"),
+        ("spark(k=9,r={dim},gate=exp,select=exact)", "topk(k=9)"),
+    )
     samples = (
         {"k": 2},
         {"k": 14, "gate": "exp"},

@@ -18,7 +18,7 @@ from mitaswap.operators.chosen import attend_chosen, chunks, keep_top, own_choic
 from mitaswap.operators.counting import attend_flops, product_flops
 from mitaswap.operators.experts import Branch, attend
 from mitaswap.operators.orthogonal import orthogonal
-from mitaswap.operators.pool import pool_shape
+from mitaswap.operators.pool import nearest_count, pool_shape
 from mitaswap.operators.precision import outside_autocast, working
 from mitaswap.operators.ranges import at_least, in_range
 from mitaswap.operators.routed import join_special, members_of_each, special_flops, with_special
@@ -154,18 +154,20 @@ class Sparsifiner(Mechanism):
             in_range(self, "k", o.k, max(1, special), layout.tokens, of)
         else:
             in_range(self, "k", o.k, 1, layout.patches, f"patches (tokens {layout})")
-        in_range(self, "n", o.n, 1, layout.patches, f"patches (tokens {layout})")
-        of = f"of the basis (n) (tokens {layout})"
-        in_range(self, "coefficients", o.coefficients, 1, o.n, of)
         for name in ("channels", "threshold", "coefficient_threshold"):
             at_least(self, name, getattr(o, name), 0)
-        built = self.site.layout if self.site else layout
+        built = self._built(layout)
         if inside and special != (held := built.tokens - built.patches):
             raise MitaswapError(
                 f"{self.spec} was built for {held} special tokens, which special=inside makes part "
                 f"of its tables, not for {special} (tokens {layout}); use special=apart"
             )
-        pool_shape(o.n, layout.grid, o.pool, asker=self, what="windows")
+        # windows are only where the tables start: once they are built they follow any grid
+        grid, kept = built.grid, o.coefficients
+        fits = (nearest_count(kept, grid, kept), built.patches) if o.n < 1 else None
+        in_range(self, "n", o.n, 1, built.patches, f"patches (tokens {built})", fits)
+        pool_shape(o.n, grid, o.pool, asker=self, what="windows", least=kept)
+        in_range(self, "coefficients", kept, 1, o.n, f"of the basis (n) (tokens {built})")
 
     @classmethod
     def suggest(cls, layout: TokenLayout) -> dict[str, Value]:

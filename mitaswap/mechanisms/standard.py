@@ -18,8 +18,8 @@ from mitaswap.tokens import TokenLayout
 
 @MECHANISMS.register("standard")
 class Standard(Mechanism):
-    """Scaled dot-product attention, by PyTorch's own operator (so an identity swap is exact to the
-    bit).
+    """O = softmax(Q K^T / sqrt(d)) V, by PyTorch's own operator, so that an identity swap is
+    exact to the bit.
     """
 
     card = Card(

@@ -17,6 +17,9 @@ from mitaswap.operators.blocks import owner_blocks
 #: a branch's output [B, H, N, D] and log-sum-exp [B, H, N, 1]
 Branch = tuple[Tensor, Tensor]
 
+#: pairs of a query and a key, for each head, whose scores exist at once: experts may grow with N
+PAIRS = 2**20
+
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> Branch:
     """Softmax attention of q [..., N, D] over k, v [..., K, D], with its log-sum-exp; a bias [...,
@@ -70,10 +73,45 @@ def attend_experts(q: Tensor, k: Tensor, v: Tensor, choice: Tensor, scale: float
         scale: factor of q k^T.
     """
     blocks = owner_blocks(choice, k.shape[2])
-
-    def held(x: Tensor) -> Tensor:
-        return take(x.flatten(3), blocks.owner).unflatten(3, x.shape[3:])
-
     queries = take(q, blocks.source).unflatten(2, (blocks.owner.shape[2], -1))
-    out, lse = attend(queries, held(k), held(v), scale)
+    out, lse = attend_blocks(queries, k, v, blocks.owner.unsqueeze(-1), scale)
     return take(out.flatten(2, 3), blocks.back), take(lse.flatten(2, 3), blocks.back)
+
+
+def attend_blocks(q: Tensor, k: Tensor, v: Tensor, read: Tensor, scale: float) -> Branch:
+    """Each block of queries attends to the keys of the experts that it reads.
+
+    Experts are copied for the blocks that read them, for a chunk of blocks at a time (of one
+    block's queries, where its keys are many). Without gradients memory is linear in N.
+
+    Args:
+        q: blocks of queries [B, H, M, L, D].
+        k, v: keys and values of the experts [B, H, E, K, D] ([B, H, E, K, Dv]).
+        read: experts that each block reads, int64 [B, H, M, R].
+        scale: factor of q k^T.
+
+    Returns:
+        Output [B, H, M, L, Dv] and log-sum-exp [B, H, M, L, 1].
+    """
+    count, size, width = *q.shape[2:4], read.shape[3] * k.shape[3]
+    few, rows = max(1, PAIRS // (size * width)), max(1, PAIRS // width)
+
+    def held(x: Tensor, some: slice) -> Tensor:
+        index = read[:, :, some]
+        found = take(x.flatten(3), index.flatten(2))
+        return found.view(*index.shape[:3], width, x.shape[4])
+
+    def chunk(some: slice) -> Branch:  # a function: its copies are gone before the next ones
+        keys, values = held(k, some), held(v, some)
+        queries = q[:, :, some].split(rows, dim=3)
+        return _joined([attend(x, keys, values, scale) for x in queries], dim=3)
+
+    return _joined([chunk(slice(i, i + few)) for i in range(0, count, few)], dim=2)
+
+
+def _joined(parts: Sequence[Branch], dim: int) -> Branch:
+    """Branches of other queries each, side by side."""
+    if len(parts) == 1:
+        return parts[0]
+    out, lse = (torch.cat(x, dim=dim) for x in zip(*parts, strict=True))
+    return out, lse

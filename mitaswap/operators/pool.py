@@ -20,6 +20,7 @@ def pool_shape(
     *,
     asker: Asker | None = None,
     what: str = "landmarks",
+    least: int = 1,
 ) -> tuple[int, int]:
     """Rows and columns of windows that partition `grid` into `count` windows.
 
@@ -30,6 +31,7 @@ def pool_shape(
             (sqrt(count) squared on a square grid, as in the paper), of two such the one with
             fewer rows; `AxB` asks for that shape.
         asker, what: whose windows these are and what it calls them, for the error.
+        least: windows that other options need, for the count that the error names.
 
     Raises:
         MitaswapError: no such partition; names the nearest count, or a shape, that works.
@@ -40,7 +42,7 @@ def pool_shape(
         front = f"{asker.spec}: " if asker else ""
         raise MitaswapError(
             f"{front}{count} {what} do not fit a {height}x{width} grid as a x b windows; "
-            f"the nearest count that does is {_nearest(count, grid)}"
+            f"the nearest count that does is {nearest_count(count, grid, least)}"
         )
     best = min(fitting, key=lambda ab: _elongation(height * ab[1], width * ab[0]))
     if pool == "auto":
@@ -66,8 +68,10 @@ def _fits(count: int, rows: int, width: int) -> bool:
     return count % rows == 0 and count // rows <= width
 
 
-def _nearest(count: int, grid: tuple[int, int]) -> int:
+def nearest_count(count: int, grid: tuple[int, int], least: int = 1) -> int:
+    """The count nearest to `count` of windows that fit the grid, `least` or more if any does."""
     sizes = {a * b for a in range(1, grid[0] + 1) for b in range(1, grid[1] + 1)}
+    sizes = {size for size in sizes if size >= least} or sizes
     return min(sizes, key=lambda size: (abs(size - count), size))
 
 

@@ -31,10 +31,20 @@ def down_and_up(
         total = up.sum(dim=1, keepdim=True) + special
         tables = {"down": up / total, "down_special": ones / total}
     else:
-        each = torch.eye(patches, device="cpu").unflatten(1, (1, *grid))
-        down = F.adaptive_avg_pool2d(each, shape).flatten(1).T.contiguous()
+        # side by side: no patches x patches matrix
+        rows, columns = (_mean(*side) for side in zip(grid, shape, strict=True))
+        down = rows[:, None, :, None] * columns[None, :, None, :]
+        down = down.reshape(windows, patches).float().contiguous()
         tables = {"down": down, "up": up, "down_special": 0 * ones, "up_special": ones}
     return {name: table for name, table in tables.items() if table.numel()}
+
+
+def _mean(length: int, windows: int) -> Tensor:
+    """Weight of each of `length` positions in the mean of each of the windows that cut a side:
+    [windows, length].
+    """
+    each = torch.eye(length, device="cpu", dtype=torch.float64)[:, None]
+    return F.adaptive_avg_pool1d(each, windows)[:, 0].T
 
 
 def _nearness(length: int, windows: int) -> Tensor:

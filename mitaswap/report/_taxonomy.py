@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 
 import pandas as pd
+from markupsafe import Markup, escape
 
 from mitaswap.figures._mechanisms import in_order
+from mitaswap.results import addresses
 
 _RAISED = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 _TITLES = {
@@ -32,6 +34,14 @@ def taxonomy_table(table: pd.DataFrame) -> pd.DataFrame:
     for formula in ("cost", "expert_count"):  # N^2 d as N² d
         cards[formula] = cards[formula].map(_raised, na_action="ignore")
     return cards.sort_values(["place", "mechanism"])[[*_TITLES]].rename(columns=_TITLES)
+
+
+def linked(source: str) -> Markup:
+    """A source as HTML: all of it text but its numbers of arXiv, which are links."""
+    text = str(escape(source))
+    for number, address in addresses(text).items():
+        text = re.sub(rf"\b{re.escape(number)}\b", f'<a href="{address}">{number}</a>', text)
+    return Markup(text)
 
 
 def _raised(formula: object) -> str:

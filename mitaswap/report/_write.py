@@ -20,7 +20,7 @@ from mitaswap.figures import DARK, LIGHT
 from mitaswap.report import _summary
 from mitaswap.report._drawings import Drawing, charts, drawings
 from mitaswap.report._table import Table
-from mitaswap.report._taxonomy import taxonomy_table
+from mitaswap.report._taxonomy import linked, taxonomy_table
 from mitaswap.results import load_plan, load_provenance, load_rows
 from mitaswap.results._rows import run_names
 
@@ -101,7 +101,7 @@ def _fill(directory: Path, table: pd.DataFrame, runs: list[dict[str, Any]]) -> N
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    templates.filters["md"] = _markdown
+    templates.filters |= {"md": _markdown, "linked": linked}
     for template, name in (("report.html", _PAGE), ("report.md", _TEXT)):
         text = templates.get_template(template).render(content)
         (directory / name).write_text(text, encoding="utf-8")

@@ -9,5 +9,15 @@ any figure lives here.
 from mitaswap.results._provenance import provenance
 from mitaswap.results._rows import Row, load_plan, load_provenance, load_rows, wilson
 from mitaswap.results._run import Run
+from mitaswap.results._sources import addresses
 
-__all__ = ["Row", "Run", "load_plan", "load_provenance", "load_rows", "provenance", "wilson"]
+__all__ = [
+    "Row",
+    "Run",
+    "addresses",
+    "load_plan",
+    "load_provenance",
+    "load_rows",
+    "provenance",
+    "wilson",
+]

@@ -26,7 +26,7 @@ from mitaswap.results import Row
 from mitaswap.spec import Recipe, Spec
 from mitaswap.studies._base import Plan, What
 from mitaswap.studies._cost import body_flops, cores_cost
-from mitaswap.surgery import Handle, Site, swap, swapped_sites, walk
+from mitaswap.surgery import Handle, Site, ask, swap, swapped_sites, walk
 from mitaswap.tokens import TokenLayout
 
 
@@ -40,6 +40,7 @@ class Workbench:
         self._networks: dict[str, Network] = {}
         self._sites: dict[str, list[Site]] = {}
         self._tried: set[tuple[str, tuple[str, ...]]] = set()
+        self._asked: set[Any] = set()
         self._scores: dict[tuple[str, Recipe], Row] = {}
         self._bodies: dict[str, int] = {}
         self._placed: str | None = None
@@ -99,37 +100,47 @@ class Workbench:
     def fits(self, label: str, what: What) -> bool:
         """Whether the options are possible at every site that they would go to."""
         try:
-            self._check_options(label, self._recipe(label, what))
+            self._ask(label, self._recipe(label, what))
         except MitaswapError:
             return False
         return True
 
-    def _check_options(self, label: str, recipe: Recipe) -> dict[str, Spec]:
-        chosen = recipe.assign(self.sites(label))
-        for site in self._sites[label]:
-            if site.path in chosen and site.layout is not None:
-                mechanism(chosen[site.path]).check(site.layout, site.head_dim)
-        return chosen
+    def _ask(self, label: str, recipe: Recipe) -> list[tuple[Site, Spec]]:
+        network = self.network(label)
+        built = self._built(label, recipe)
+        return ask(network.module, recipe, self._sites[label], built, self._asked)
+
+    def _built(self, label: str, recipe: Recipe) -> dict[str, TokenLayout]:
+        """The layouts that saved learned parts were created for, where the recipe keeps them."""
+        network = self.network(label)
+        as_saved = _as_saved(network, self.sites(label), recipe)
+        return {p: at for p, at in built_layouts(network).items() if p in as_saved}
 
     def check(self, label: str, what: What) -> None:
         """Raise `MitaswapError` if this cannot run in this model: before any work is done."""
         network, sites = self.network(label), self._sites[label]
         recipe = self._recipe(label, what)
-        chosen = self._check_options(label, recipe)
-        # Biases, masks and the layers asked for are the surgery's to judge, by a swap. They are
-        # alike for all options of a mechanism, so a sweep takes one.
-        kind = (label, tuple(f"{path}: {spec.name}" for path, spec in chosen.items()))
+        chosen = self._ask(label, recipe)
+        # Whether calls arrive at a mechanism is seen in a forward of the swapped network. It is
+        # the same for all options of a mechanism, so a sweep takes one.
+        kind = (label, tuple(f"{site.path}: {spec.name}" for site, spec in chosen))
         if kind not in self._tried:
-            swap(network.module, recipe, example=network.example(2), sites=sites).undo()
+            built = self._built(label, recipe)
+            example = network.example(2)
+            swap(network.module, recipe, example=example, sites=sites, built=built).undo()
             self._tried.add(kind)
 
     def _gmacs(self, label: str, parts: Mapping[str, Mechanism]) -> Row:
         """10^9 multiply-adds per image, as timm and most papers count, of the whole network and of
-        the attention cores; nothing where a mechanism does not tell its cost.
+        the attention cores; nothing where a mechanism does not tell its cost, or runs where no grid
+        is known.
         """
+        known = {site.path for site in self._sites[label] if site.swappable}
         try:
             cores = cores_cost(parts, self._sites[label]).flops
         except NotImplementedError:
+            known = set()
+        if not known.issuperset(parts):
             return {"gmacs": None, "attn_gmacs": None}
         whole = self._bodies[label] + cores
         return {"gmacs": float(f"{whole / 2e9:.6g}"), "attn_gmacs": float(f"{cores / 2e9:.6g}")}
@@ -149,7 +160,7 @@ class Workbench:
             # learned parts that were not trained are drawn from the seed alone
             torch.manual_seed(self.settings.seed)
             as_saved = _as_saved(network, self.sites(label), recipe)
-            built = {p: at for p, at in built_layouts(network).items() if p in as_saved}
+            built = self._built(label, recipe)
             handle = swap(
                 network.module, recipe, example=network.example(2), sites=sites, built=built
             )

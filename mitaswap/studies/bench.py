@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -182,9 +183,9 @@ def _settings(plan: BenchPlan) -> Iterator[tuple[Setting, str, Row]]:
 
 def _cores(plan: BenchPlan, rates: Mapping[str, Rates]) -> Iterator[Cell]:
     specs = plan.specs
-    for dim, layout in itertools.product(plan.head_dims, plan.layouts):
+    for heads, dim, layout in itertools.product(plan.heads, plan.head_dims, plan.layouts):
         for spec in specs:
-            mechanism(spec).check(layout, dim)
+            _ask(spec, SiteShape(heads, dim, layout))
     for (setting, words, columns), heads, dim, layout in itertools.product(
         _settings(plan), plan.heads, plan.head_dims, plan.layouts
     ):
@@ -205,16 +206,31 @@ def _cores(plan: BenchPlan, rates: Mapping[str, Rates]) -> Iterator[Cell]:
             )
 
 
+def _ask(spec: Spec, site: SiteShape) -> None:
+    """Raise `MitaswapError` if the options do not fit a site: before any work is done."""
+    try:
+        with suppress(RuntimeError):  # no room for learned parts: a cell's own answer
+            mechanism(spec).attach(site)
+    except MitaswapError as error:
+        where = f"{site.heads} heads of {site.head_dim} at {site.layout} tokens"
+        raise MitaswapError(f"{where}: {error}") from None
+
+
 def _networks(plan: BenchPlan) -> Iterator[Cell]:
     assert plan.model is not None
     opened: dict[tuple[int, int] | None, Swaps] = {}
+    # the dtype of the kernels that are timed, so that no others are compiled; a CPU may lack it
+    alone = len(plan.dtypes) == 1 and plan.torch_device.type == "cuda"
+    dtype = {"dtype": getattr(torch, plan.dtypes[0])} if alone else {}
 
     def swaps(size: tuple[int, int] | None) -> Swaps:
         """The network at one size; only the latest is kept."""
         if size not in opened:
             opened.clear()
             assert plan.model is not None
-            opened[size] = Swaps.open(plan.model, size, plan.seed, **plan.model_options)
+            opened[size] = Swaps.open(
+                plan.model, size, plan.seed, plan.torch_device, **dtype, **plan.model_options
+            )
         return opened[size]
 
     for size in plan.sizes:

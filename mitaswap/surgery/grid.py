@@ -41,8 +41,13 @@ class GridTracker:
         self.grid = (output.shape[2], output.shape[3])
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook: the first tensor that the module is given is the feature map."""
+        """Forward pre-hook: the first tensor that the module is given is the feature map, or tokens
+        [B, N, C] without a grid, which are one row.
+        """
         shape = first_tensor(args, kwargs).shape
+        if len(shape) == 3:
+            self.grid = (1, shape[1])
+            return
         self.grid = (shape[1], shape[2]) if self.channels_last else (shape[2], shape[3])
 
     def layout(self) -> TokenLayout:

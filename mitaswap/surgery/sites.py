@@ -39,6 +39,8 @@ class Site:
         channels_last: layout of that feature map.
         reason: why the site cannot be swapped; None when it can.
         mechanism: spec of the mechanism that is swapped in now, if any.
+        gridless: whether all that is missing is the grid: mechanisms that need none run here where
+            the layer is asked for by name.
     """
 
     path: str
@@ -55,11 +57,20 @@ class Site:
     mechanism: str | None = None
     value_dim: int = 0
     width: int = 0
+    gridless: bool = False
 
     @property
     def swappable(self) -> bool:
         """Whether some mechanism can run here."""
         return self.reason is None
+
+    def as_one_row(self) -> Site:
+        """A site without a grid as mechanisms see it that need none: as many tokens as its input
+        has.
+        """
+        return replace(
+            self, layout=TokenLayout(0, (1, self.tokens)), grid_from=self.path, reason=None
+        )
 
 
 def walk(
@@ -209,6 +220,7 @@ def _with_grid(site: Site, model: nn.Module, modules: dict[str, nn.Module], call
         site,
         reason=unplaced
         or f"no feature map explains its {site.tokens} tokens as prefix + h x w: grid unknown",
+        gridless=len(shape) == 3 and shape[1] == site.tokens,
     )
 
 

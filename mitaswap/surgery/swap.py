@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mitaswap.errors import MitaswapError, SwapError
-from mitaswap.mechanisms import Mechanism, SiteShape, mechanism
+from mitaswap.errors import SwapError
+from mitaswap.mechanisms import Mechanism
 from mitaswap.spec import Recipe, Spec
 from mitaswap.surgery.attend import attend_by, observing, way_of
+from mitaswap.surgery.fit import assign, fit
 from mitaswap.surgery.grid import GridTracker, Observer, untrack
 from mitaswap.surgery.interface import has_interface, interface, shadow_config
 from mitaswap.surgery.seam import Seam, Swapped, install, uninstall
@@ -102,10 +103,10 @@ def swap(
             f"{taken[0]} is swapped already ({len(taken)} sites are); call mitaswap.revert(model) "
             "or handle.undo() first"
         )
-    chosen = _assign(model, recipe, sites)
+    chosen = assign(model, recipe, sites)
     equal: dict[Any, Any] = {}
     parts = {
-        site.path: _build(spec, site, (built or {}).get(site.path), equal) for site, spec in chosen
+        site.path: fit(spec, site, (built or {}).get(site.path), equal) for site, spec in chosen
     }
     try:
         _install(model, [site for site, _ in chosen], parts)
@@ -179,59 +180,6 @@ def recipe_of(model: nn.Module) -> Recipe | None:
 
 def _swapped(model: nn.Module) -> Iterator[tuple[str, Any]]:
     return ((path, m) for path, m in model.named_modules() if isinstance(m, Swapped))
-
-
-def _assign(model: nn.Module, recipe: Recipe, sites: Sequence[Site]) -> list[tuple[Site, Spec]]:
-    usable = [site for site in sites if site.swappable]
-    if not usable:
-        reasons = (
-            "; ".join(f"{s.path}: {s.reason}" for s in sites[:3])
-            or "it makes no attention call at all"
-        )
-        raise SwapError(f"{type(model).__name__} has no site that can be swapped ({reasons})")
-    paths = [site.path for site in sites]
-    assigned = recipe.assign(paths)
-    # "*" means all that can be swapped; any other pattern asks for what it names
-    by_name = Recipe(tuple(rule for rule in recipe.rules if rule[0] != "*")).assign(paths)
-    chosen = []
-    for site in sites:
-        spec = assigned.get(site.path)
-        if spec is None:
-            continue
-        if not site.swappable:
-            if site.path not in by_name:
-                continue
-            raise SwapError(
-                f"{site.path} cannot be swapped: {site.reason}. Leave it out of the layer pattern."
-            )
-        chosen.append((site, spec))
-    return chosen
-
-
-def _build(spec: Spec, site: Site, built: TokenLayout | None, equal: dict[Any, Any]) -> Mechanism:
-    """The mechanism of one site, its learned parts for the layout `built` if that is given. Options
-    and shape are the objects in `equal` where these have the same value: what the layers have in
-    common, a compiled model looks at only once.
-    """
-    part = mechanism(spec)
-    for inner in part.modules():
-        if isinstance(inner, Mechanism):
-            inner.options = equal.setdefault(inner.options, inner.options)
-    if site.bias != "none" and "bias" not in part.supports:
-        what = {"bias": "an additive attention bias", "mask": "an attention mask"}
-        raise SwapError(
-            f"{site.path} ({site.module}) uses {what[site.bias]}, which {part.spec} cannot honour; "
-            "`mitaswap ls` shows which mechanisms can."
-        )
-    assert site.layout is not None
-    try:
-        part.check(site.layout, site.head_dim)
-        layout = built or site.layout
-        shape = SiteShape(site.heads, site.head_dim, layout, site.value_dim, site.width)
-        part.attach(equal.setdefault(shape, shape))
-    except MitaswapError as error:
-        raise SwapError(f"{site.path}: {error}") from None
-    return part
 
 
 def _install(model: nn.Module, sites: Sequence[Site], built: dict[str, Mechanism]) -> None:

@@ -138,6 +138,9 @@ CASES = [
     Case("agent(n=8,bias=true)", biased((2, 4)), TokenLayout(1, (7, 4)), built=BOTH),
     Case("agent(n=6,bias=true)", biased((2, 3)), TokenLayout(5, (5, 3)), built=DEEP),
     Case("agent(n=6,bias=true)", biased((2, 3)), BOTH, 8, 0.25, "constant"),
+    # fewer rows or columns than windows: these overlap, and maps shrink
+    Case("agent(n=8,bias=true)", biased((2, 4)), TokenLayout(1, (8, 3)), built=BOTH),
+    Case("agent(bias=true)", biased((7, 7)), PLAIN, built=TokenLayout(1, (8, 7))),
 ]
 
 #: a mechanism beside a formula that differs from its own in one detail

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mitaswap.errors import MitaswapError
 from mitaswap.mechanisms._card import Cost, SiteShape
 from mitaswap.mechanisms._wrapper import WRAPPERS, Wrapper
 from mitaswap.operators.counting import depthwise_flops
 from mitaswap.operators.depthwise import convolved
 from mitaswap.operators.precision import outside_autocast, working
+from mitaswap.operators.ranges import odd
 from mitaswap.tokens import TokenLayout
 
 
@@ -56,12 +56,9 @@ class Dwc(Wrapper):
 
     def check(self, layout: TokenLayout, head_dim: int) -> None:
         super().check(layout, head_dim)
-        kernel = self.options.kernel
-        if kernel < 1 or kernel % 2 == 0:
-            raise MitaswapError(
-                f"{self.spec}: kernel={kernel} must be odd and at least 1, or the convolution is "
-                f"not centred; use kernel={max(kernel, 0) + 1}"
-            )
+        side = max(self._built(layout).grid)
+        why = " and at least 1, or the convolution is not centred"
+        odd(self, "kernel", self.options.kernel, side, why)
 
     def build(self, site: SiteShape) -> None:
         channels, kernel = self._kernels(site), self.options.kernel

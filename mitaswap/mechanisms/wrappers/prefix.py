@@ -21,6 +21,9 @@ class Prefix(Wrapper):
     attention, whatever the patches do: a classifier's own query costs next to nothing.
 
     It concerns them as queries only; as keys they are what the inner mechanism makes of them.
+
+    Wrappers apply from left to right, each to what stands before it, and this one replaces what it
+    finds: in mita+gate+prefix the gate is for patches only, in mita+prefix+gate for all tokens.
     """
 
     summary = "keeps the queries of prefix and suffix tokens at full softmax attention"

@@ -1,0 +1,136 @@
+"""Which mechanism goes to which site, and whether it can work there: all that can be known of a
+swap before a network is touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from mitaswap.errors import MitaswapError, SwapError
+from mitaswap.mechanisms import MECHANISMS, Mechanism, SiteShape, mechanism
+from mitaswap.spec import Recipe, Spec
+from mitaswap.surgery.sites import Site
+from mitaswap.tokens import TokenLayout
+
+
+def assign(model: nn.Module, recipe: Recipe, sites: Sequence[Site]) -> list[tuple[Site, Spec]]:
+    """The sites that a recipe changes, each with its mechanism.
+
+    Raises:
+        MitaswapError: a pattern matches no site, a site asked for by name cannot be swapped, or no
+            site can.
+    """
+    if not any(site.swappable or site.gridless for site in sites):
+        raise _no_site(model, sites)
+    paths = [site.path for site in sites]
+    assigned = recipe.assign(paths)
+    # "*" means all that can be swapped; any other pattern asks for what it names
+    by_name = Recipe(tuple(rule for rule in recipe.rules if rule[0] != "*")).assign(paths)
+    chosen = []
+    for site in sites:
+        spec = assigned.get(site.path)
+        if spec is None or not (site.swappable or site.path in by_name):
+            continue
+        if site.gridless and "grid" not in mechanism(spec).needs:
+            site = site.as_one_row()
+        elif not site.swappable:
+            hint = _without_grid(site, spec) if site.gridless else ""
+            raise SwapError(
+                f"{site.path} cannot be swapped: {site.reason}.{hint} Leave it out of the layer "
+                "pattern."
+            )
+        chosen.append((site, spec))
+    if assigned and not chosen:
+        left_out = next(site for site in sites if site.gridless and site.path in assigned)
+        raise _no_site(model, sites, _without_grid(left_out, assigned[left_out.path]))
+    return chosen
+
+
+def _no_site(model: nn.Module, sites: Sequence[Site], hint: str = "") -> SwapError:
+    reasons = (
+        "; ".join(f"{s.path}: {s.reason}" for s in sites[:3]) or "it makes no attention call at all"
+    )
+    dot = "." if hint else ""
+    return SwapError(
+        f"{type(model).__name__} has no site that can be swapped ({reasons}){dot}{hint}"
+    )
+
+
+def _without_grid(site: Site, spec: Spec) -> str:
+    """What can be done at a site whose grid is unknown."""
+    part = mechanism(spec)
+    if "grid" not in part.needs:
+        return (
+            f" {part.spec} needs no grid: ask for the layer by name, layers={site.path!r}. '*' "
+            "leaves out layers whose tokens may be no image's."
+        )
+    able = [name for name in MECHANISMS.names() if "grid" not in mechanism(name).needs]
+    return (
+        f" {part.spec} needs the patch grid, which is read from a feature map of the forward and "
+        f"cannot be given. {', '.join(able)} need none and run here where the layer is asked for "
+        f"by name, layers={site.path!r}."
+    )
+
+
+def fit(
+    spec: Spec, site: Site, built: TokenLayout | None = None, equal: dict[Any, Any] | None = None
+) -> Mechanism:
+    """A mechanism settled at a site.
+
+    Args:
+        built: the layout that learned parts are created for where it is not the site's.
+        equal: options and shapes of other sites by value, for those that are equal to be the same
+            objects: what the layers have in common, a compiled model looks at only once.
+
+    Raises:
+        SwapError: it cannot honour what the site brings, or its options do not fit; names the site
+            and the mechanism.
+    """
+    part, equal = mechanism(spec), {} if equal is None else equal
+    for inner in part.modules():
+        if isinstance(inner, Mechanism):
+            inner.options = equal.setdefault(inner.options, inner.options)
+    if site.bias != "none" and "bias" not in part.supports:
+        what = {"bias": "an additive attention bias", "mask": "an attention mask"}
+        raise SwapError(
+            f"{site.path} ({site.module}) uses {what[site.bias]}, which {part.spec} cannot honour; "
+            "`mitaswap ls` shows which mechanisms can."
+        )
+    assert site.layout is not None
+    shape = SiteShape(site.heads, site.head_dim, built or site.layout, site.value_dim, site.width)
+    try:
+        part.attach(equal.setdefault(shape, shape))
+        part.check(site.layout, site.head_dim)
+    except MitaswapError as error:
+        raise SwapError(f"{site.path}: {error}") from None
+    return part
+
+
+def ask(
+    model: nn.Module,
+    recipe: Recipe,
+    sites: Sequence[Site],
+    built: Mapping[str, TokenLayout] | None = None,
+    asked: set[Any] | None = None,
+) -> list[tuple[Site, Spec]]:
+    """As `assign`, with every mechanism tried at its site: what else could be refused halfway
+    through a run is refused now.
+
+    Args:
+        built: as `swap`.
+        asked: what was asked before and is not asked again; more is added to it.
+    """
+    asked = set() if asked is None else asked
+    chosen = assign(model, recipe, sites)
+    for site, spec in chosen:
+        layout = (built or {}).get(site.path)
+        # sites that a mechanism cannot tell apart
+        question = spec, layout, replace(site, path="", grid_from="")
+        if question not in asked:
+            fit(spec, site, layout)
+            asked.add(question)
+    return chosen
