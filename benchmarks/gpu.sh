@@ -31,7 +31,7 @@ length() {  # the paper's Fig. 6: three layers of width 128, m k = N / 4
         batch=auto
         [ "$side" -lt 1024 ] || batch=1  # full attention takes seconds there
         $MITASWAP bench "timm:vit_tiny_patch16_224(img_size=$side,$shape)" \
-            --run "mita(m=$half,k=$half)" --img-size "$side" -b $batch --dtype float16 \
+            --run "mita(m=$half,k=$half)" --img-size "$side" -b $batch --dtype float16 --compile \
             --seconds "$SECONDS_EACH" -o "$OUT/length-$side"
     done
 }
