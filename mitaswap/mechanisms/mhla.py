@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mitaswap.errors import MitaswapError
 from mitaswap.mechanisms._base import MECHANISMS, Mechanism, Options
 from mitaswap.mechanisms._card import Card, Cost, SiteShape
 from mitaswap.operators.counting import product_flops
@@ -75,7 +76,8 @@ class Mhla(Mechanism):
             sum to one there, or its columns, as in the authors' code; `gaussian` is no such sum
             there, and here divided by one number that makes the mean 1 / m (which up to eps changes
             nothing but the part of special tokens). On a grid whose blocks form another A x B it is
-            resized bilinearly, in each of the four axes.
+            resized bilinearly, in each of the four axes. Where m blocks do not fit, there are as
+            many rows and columns of them as patches, and the mean is one over their number.
     """
 
     options_type = MhlaOptions
@@ -129,13 +131,23 @@ class Mhla(Mechanism):
 
     def check(self, layout: TokenLayout, head_dim: int) -> None:
         o, patches = self.options, layout.patches
-        in_range(self, "m", o.m, 1, patches, f"patches (tokens {layout})")
         at_least(self, "eps", o.eps, 0)
-        self._shape(layout)
+        if self.site is None:  # once built, blocks follow the grid
+            in_range(self, "m", o.m, 1, patches, f"patches (tokens {layout})")
+            self._shape(layout)
 
     def _shape(self, layout: TokenLayout) -> tuple[int, int]:
+        """Rows and columns of blocks: m of them where they fit, else as many of each as there are
+        patches.
+        """
         o = self.options
-        return pool_shape(o.m, layout.grid, o.pool, asker=self, what="windows")
+        try:
+            return pool_shape(o.m, layout.grid, o.pool, asker=self, what="windows")
+        except MitaswapError:
+            if self.site is None:
+                raise
+        built, grid = self._shape(self.site.layout), layout.grid
+        return min(built[0], grid[0]), min(built[1], grid[1])
 
     def build(self, site: SiteShape) -> None:
         shape = self._shape(site.layout)
@@ -164,7 +176,8 @@ class Mhla(Mechanism):
 
     def cost(self, site: SiteShape) -> Cost:
         n, d, columns = site.layout.tokens, site.head_dim, site.value_dim + 1
-        m, shape = self.options.m, self._shape(site.layout)
+        shape = self._shape(site.layout)
+        m = math.prod(shape)
         size, patches = ragged_size(site.layout.grid, shape)[0], site.layout.patches
         slots = m * size - patches
         flops = 2 * product_flops(n, d, columns) + product_flops(m, m, d * columns)
@@ -184,16 +197,17 @@ class Mhla(Mechanism):
         v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)  # the last column sums to z
         blocks = cut(layout, self._shape(layout), q.device)
         coefficients = self._coefficients(layout, q)
+        count = len(coefficients)
 
         keys = blocks.split(k) * blocks.inside[..., None].to(k.dtype)  # fillers count for nothing
         summaries = keys.transpose(-1, -2) @ blocks.split(v)  # [B, H, m, D, Dv + 1]
         queries, keys, values = (split(x, layout)[1] for x in (q, k, v))
-        apart = keys.transpose(-1, -2) @ values / self.options.m
+        apart = keys.transpose(-1, -2) @ values / count
 
         mixed = (coefficients @ summaries.flatten(3)).view_as(summaries) + apart[:, :, None]
         asked = blocks.split(q)
         patches = asked @ mixed
-        eps = self.options.eps / self.options.m
+        eps = self.options.eps / count
         if self.options.normaliser == "released":
             own = asked @ summaries[..., -1:]  # phi(q_b) z_b: [B, H, m, L, 1]
             below = coefficients @ own.squeeze(-1)
@@ -220,4 +234,4 @@ class Mhla(Mechanism):
             table = mixing.unflatten(1, built)[:, None]
             table = F.interpolate(table, shape, mode="bilinear", align_corners=False)
             mixing = table.flatten(1).t()
-        return mixing
+        return mixing * (self.options.m / len(mixing))  # the mean coefficient is one over the count

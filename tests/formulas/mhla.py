@@ -44,6 +44,7 @@ def mhla(
     released: bool = False,
     eps_in_features: bool = True,
     by_rows: bool = False,
+    weighed: bool = True,
 ) -> Formula:
     """Eq. 3 to 5.
 
@@ -59,6 +60,7 @@ def mhla(
             meet the z of their own block.
         eps_in_features: False leaves the released eps out of the features: a control.
         by_rows: places in blocks counted down the columns: a control.
+        weighed: False keeps the coefficients' size where there are fewer blocks: a control.
     """
 
     def phi(row: Tensor) -> Tensor:
@@ -76,7 +78,8 @@ def mhla(
         read = [resized(to_raster(row, built), pool) for row in c]
         rows = torch.stack([torch.stack([x for line in cells for x in line]) for cells in read])
         asked = resized(to_raster(rows, built), pool)
-        return torch.stack([x for line in asked for x in line])
+        fewer = pool[0] * pool[1] / (built[0] * built[1])  # blocks, so each weighs more
+        return torch.stack([x for line in asked for x in line]) / (fewer if weighed else 1.0)
 
     def formula(at: Inputs) -> Tensor:
         (h, w), (a, b) = at.layout.grid, pool
@@ -208,10 +211,24 @@ CASES = [
         PLAIN,
         built=TokenLayout(1, (5, 3)),
     ),
+    # 4 x 3 blocks on a grid that has room for 3 x 3
+    Case("mhla(m=12)", mhla((3, 3), built=(4, 3)), SMALL, built=TokenLayout(2, (7, 5), 1)),
+    Case(
+        "mhla(m=12,pool=4x3,normaliser=released,eps=0.5)",
+        mhla((2, 3), eps=0.5, built=(4, 3), released=True),
+        TokenLayout(1, (2, 5)),
+        built=TokenLayout(0, (7, 5)),
+    ),
 ]
 
 #: a mechanism beside a formula that differs from its own in one detail
 NEAR_MISSES = {
+    "coefficients of more blocks": Case(
+        "mhla(m=12)",
+        mhla((3, 3), built=(4, 3), weighed=False),
+        SMALL,
+        built=TokenLayout(2, (7, 5), 1),
+    ),
     "blocks transposed": Case("mhla(m=8,pool=2x4)", mhla((4, 2)), BOTH),
     "coefficients not clipped": Case("mhla(m=4)", mhla((2, 2), clipped=False), SMALL),
     "coefficients transposed": Case("mhla(m=6)", mhla((2, 3), by_columns=True), PLAIN),
