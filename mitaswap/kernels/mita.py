@@ -1,342 +1,19 @@
-"""MiTA attention on the GPU: two custom operators (with and without what a backward needs), their
-fake implementations, and the plan of launches.
-
-Long sequences run in four or five launches, none of which waits for the host: pool (landmarks),
-probe (landmark scores and V~ of all keys, routes of all queries), settle (top-k, V~ from its parts,
-counting sort of the queries), attend.
+"""MiTA attention on the GPU: custom operators (with and without what a backward needs) and their
+fake implementations, over the plan of launches.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mitaswap.kernels.mita_attend import attend_kernel, merge_kernel
-from mitaswap.kernels.mita_backward import (
-    expert_backward_kernel,
-    landmark_backward_kernel,
-    query_backward_kernel,
-    shared_backward_kernel,
-)
-from mitaswap.kernels.mita_probe import marks_kernel, pool_kernel, probe_kernel
-from mitaswap.kernels.mita_settle import settle_kernel
-from mitaswap.kernels.mita_walk import walk_kernel
+from mitaswap.kernels.mita_call import Saved, Sizes, readable
+from mitaswap.kernels.mita_plan import attend_backward, attend_forward, empty_saved
+from mitaswap.kernels.tiles import like
 
-#: most bytes of landmark scores held at once, as a share of the bytes of q
-SCORES_SHARE = 2.0
-#: and the least that is worth another round of launches
-SCORES_LEAST = 64 * 2**20
-
-
-class Sizes(NamedTuple):
-    """Whole numbers that fix a call, in the order in which the operators take them.
-
-    Args:
-        first: first token of the patch grid.
-        height, width: rows and columns of the grid.
-        a, b: windows of the landmark pooling; m = a * b.
-        top: keys per routed expert; 0 without routed experts.
-        s: routed experts per query.
-        shared: 1 with the shared expert, else 0.
-    """
-
-    first: int
-    height: int
-    width: int
-    a: int
-    b: int
-    top: int
-    s: int
-    shared: int
-
-    @property
-    def m(self) -> int:
-        return self.a * self.b
-
-
-class Saved(NamedTuple):
-    """What a backward needs besides q, k, v and the output.
-
-    Args:
-        lse: base-2 log-sum-exp of each query's logits, float32 [B * H, N].
-        marks, values: landmarks and V~, in q's dtype [B * H, m, D].
-        exact: landmarks, float32 [B * H, m, D].
-        probe_lse: log-sum-exp of each landmark's scores, float32 [B * H, m].
-        members: keys of each expert, int32 [B * H, m, k].
-        starts, order: queries sorted by expert, int32 [B * H, m + 1] and [B * H, s * N].
-    """
-
-    lse: Tensor
-    marks: Tensor
-    values: Tensor
-    exact: Tensor
-    probe_lse: Tensor
-    members: Tensor
-    starts: Tensor
-    order: Tensor
-
-
-def _power(x: int, least: int = 1) -> int:
-    return max(least, 1 << (x - 1).bit_length())
-
-
-def _ceil(x: int, y: int) -> int:
-    return (x + y - 1) // y
-
-
-def _floats(like: Tensor, *shape: int) -> Tensor:
-    return like.new_empty(shape, dtype=torch.float32)
-
-
-def _dense(x: Tensor) -> Tensor:
-    """x with a dense last axis: rows are read as they lie, elements are not."""
-    return x if x.stride(3) == 1 else x.contiguous()
-
-
-def like_queries(q: Tensor) -> Tensor:
-    """An empty output [B, H, N, D], laid out [B, N, H, D] where q is a view of a projection: what
-    follows joins the heads, for free then.
-    """
-    if q.stride(1) < q.stride(2):
-        batch, heads, tokens, dim = q.shape
-        return q.new_empty(batch, tokens, heads, dim).transpose(1, 2)
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
-
-
-def empty_saved(q: Tensor, sizes: Sizes) -> Saved:
-    """The tensors of `Saved`, unwritten."""
-    batch, heads, tokens, dim = q.shape
-    bh, m, routed = batch * heads, sizes.m, int(sizes.top > 0)
-
-    def whole(*shape: int) -> Tensor:
-        return q.new_empty(shape, dtype=torch.int32)
-
-    return Saved(
-        _floats(q, bh, tokens),
-        q.new_empty(bh, m, dim),
-        q.new_empty(bh, m, dim),
-        _floats(q, bh, m, dim),
-        _floats(q, bh, m),
-        whole(bh, m, sizes.top),
-        whole(bh, routed * (m + 1)),
-        whole(bh, routed * sizes.s * tokens),
-    )
-
-
-def group_width(tokens: int, top: int) -> int:
-    """Neighbours whose maximum stands for them in a first choice of keys; 1: choose at once."""
-    group = 8 if tokens < 2048 else min(64, max(16, _power(_ceil(tokens, 8192))))
-    # worth it where most groups drop out
-    return group if tokens >= 512 and 2 * top <= _ceil(tokens, group) else 1
-
-
-def pool_parts(bh: int, tokens: int, m: int) -> int:
-    """Programs per landmark: enough to fill the device, never for less than 64 rows each."""
-    return max(1, min(_ceil(1024, bh * m), tokens // m // 64, 16))
-
-
-def _probe(q: Tensor, k: Tensor, v: Tensor, sizes: Sizes, scale: float, saved: Saved) -> None:
-    """Fill `saved` (but lse): everything that comes before the attention."""
-    batch, heads, tokens, dim = q.shape
-    bh, m, top, s = batch * heads, sizes.m, sizes.top, sizes.s
-    block_d = _power(dim, 16)
-    parts = pool_parts(bh, tokens, m)
-    marks = saved.exact
-    # landmarks as sums of terms in q's dtype, so that tensor cores multiply them about exactly
-    rest = q.new_empty({torch.float32: 0, torch.float16: 1}.get(q.dtype, 2), bh, m, dim)
-    terms, sums = (saved.marks, rest, bh * m * dim), marks
-    if parts > 1:
-        sums = _floats(q, bh, m, parts, dim)
-    pool_kernel[(bh * m * parts,)](
-        q, sums, *terms, *q.stride()[:3], heads, m, parts, sizes.first, sizes.height,
-        sizes.width, sizes.a, sizes.b, D=dim, BLOCK_D=block_d, BLOCK_R=16 if tokens < 2048 else 64,
-        num_warps=1 if tokens < 8192 else 4,
-    )  # fmt: skip
-    if parts > 1:
-        marks_kernel[(bh * m,)](sums, marks, *terms, parts, D=dim, BLOCK_D=block_d, num_warps=1)
-
-    wide = q.dtype == torch.float32 or block_d > 64
-    # With four warps and blocks of 16 landmarks, ptxas (Triton 3.6, sm_90a) takes descriptors of
-    # the product that ranks queries from a register nobody wrote, in some shapes: queries are lost
-    # from the sorted order, and what attends follows whatever lies there. 32 are right.
-    block_m = min(_power(m, 16 if wide else 32), 64 if wide else 128)
-    blocks_m = _ceil(m, block_m)
-    # blocks of 32 landmarks are too few rows for a warp group's product: two warps, that exchange
-    # less, and six programs on a multiprocessor
-    narrow = not wide and block_m <= 32
-    tile = max(512, _power(_ceil(tokens, 128)))
-    tiles = _ceil(tokens, tile)
-    shared, routed = bool(sizes.shared), bool(top)
-    part_v = _floats(q, bh, tiles, m, dim if shared else 0)
-    part_top = _floats(q, 2, bh, tiles, m)
-    choice = saved.order.new_empty(2, bh, s if routed else 0, tokens)
-    hist = saved.order.new_empty(2, bh, tiles, m)
-    group = group_width(tokens, top) if routed else 1
-    groups = _ceil(tokens, group)
-    # scores of all heads at once where they are small, else of as many as memory is given to
-    allowed = max(SCORES_LEAST, int(SCORES_SHARE * q.numel() * q.element_size()))
-    chunk = max(1, min(bh, allowed // (m * tokens * 4))) if routed else bh
-    # rows begin at multiples of 64 bytes
-    row, peak_row = _ceil(tokens, 16) * 16, _ceil(groups, 16) * 16
-    scores = _floats(q, chunk if routed else 0, m, row)
-    peaks = _floats(q, chunk if group > 1 else 0, m, peak_row)
-    picked = choice.new_empty(chunk if group > 1 else 0, m, top)
-    block_l, block_c = _power(groups), _power(max(1, top * group)) if group > 1 else 1
-    for first in range(0, bh, chunk):
-        now = min(chunk, bh - first)
-        probe_kernel[(now * tiles, blocks_m + routed)](
-            q, k, v, *terms, scores, peaks, part_v, part_top[0], part_top[1],
-            choice[0], choice[1], hist[0], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-            row, peak_row, heads, tokens, m, tiles, first, scale,
-            S=s, G=group, D=dim, BLOCK_D=block_d, BLOCK_M=block_m, BLOCKS_M=blocks_m,
-            BLOCK_N=64, TILE=tile, ROUTED=routed, SHARED=shared, SIGN=(scale > 0) - (scale < 0),
-            num_warps=8 if wide else 2 if narrow else 4, num_stages=2 if wide or narrow else 3,
-            maxnreg=168 if narrow else None,
-        )  # fmt: skip
-        settle_kernel[(now * m + now * tiles * routed,)](
-            scores, peaks, picked, saved.members, part_v, part_top[0], part_top[1], saved.values,
-            saved.probe_lse, choice[0], choice[1], hist[0], hist[1], saved.starts, saved.order,
-            row, peak_row, tokens, m, groups, tiles, tile, now * m, first, scale,
-            K=top, S=s, G=group, D=dim, BLOCK_D=block_d, BLOCK_L=block_l, BLOCK_C=block_c,
-            BLOCK_T=min(32, _power(tiles)), BLOCK_E=_power(m), BLOCK_H=min(32, _power(tiles)),
-            BLOCK_I=256, ROUTED=routed, SHARED=shared,
-            num_warps=min(16, max(1, max(block_l, block_c) // 2048)),
-        )  # fmt: skip
-
-
-def attend_tile(tokens: int, m: int, s: int) -> int:
-    """Queries per tile: about what an expert gets, between 16 and 64."""
-    return min(64, max(16, _power(tokens * s // m)))
-
-
-def attend_forward(
-    q: Tensor, k: Tensor, v: Tensor, sizes: Sizes, scale: float, again: float, save: bool
-) -> tuple[Tensor, Saved]:
-    """The output [B, H, N, D] and what the backward needs (`save`: the log-sum-exps too)."""
-    q, k, v = _dense(q), _dense(k), _dense(v)
-    saved, out = empty_saved(q, sizes), like_queries(q)
-    batch, heads, tokens, dim = q.shape
-    bh, m, top, s = batch * heads, sizes.m, sizes.top, sizes.s
-    if not bh:
-        return out, saved
-    _probe(q, k, v, sizes, scale, saved)
-    block_d, routed = _power(dim, 16), bool(top)
-    # between the two, tiles of 32 would fit better, but are slower than either
-    tile = 16 if routed and tokens * s <= 32 * m else 64
-    tiles = s * tokens // tile + m if routed else _ceil(tokens, tile)
-    half, widest = q.element_size() == 2, max(m, top)
-    fits = widest <= (64 if half and block_d <= 64 else 32) and block_d <= 128
-    if routed and s == 1 and tokens <= 4096 and fits:
-        programs = max(4, tokens // (128 if tokens <= 2048 else 256))
-        walk_kernel[(bh * programs,)](
-            q, k, v, saved.marks, saved.values, saved.members, saved.starts, saved.order, out,
-            saved.lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-            heads, tokens, programs, scale, again,
-            M=m, K=top, D=dim, BLOCK_D=block_d, T=tile, BLOCK_M=_power(m, 16),
-            BLOCK_K=_power(top, 16), SHARED=bool(sizes.shared), SAVE=save,
-            num_warps=4 if tile > 16 else 1, num_stages=3 if half else 1,
-        )  # fmt: skip
-        return out, saved
-    several = routed and s > 1
-    into, lse, part = out, saved.lse, 0
-    if several:
-        into = _floats(q, s, batch, heads, tokens, dim)
-        lse, part = _floats(q, s, bh, tokens), into.stride(0)
-    so = into.stride()[-4:-1]
-    attend_kernel[(bh * tiles,)](
-        q, k, v, saved.marks, saved.values, saved.members, saved.starts, saved.order, into, lse,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *so, part,
-        heads, tokens, tiles, scale, again,
-        M=m, K=top, S=s if routed else 1, D=dim, BLOCK_D=block_d, T=tile, BLOCK_E=_power(m),
-        BLOCK_C=min(128 if tile > 16 and block_d <= 64 else 64, _power(m * sizes.shared + top, 16)),
-        ROUTED=routed, SHARED=bool(sizes.shared), SAVE=save or several,
-        num_warps=4 if tile > 16 else 1,
-    )  # fmt: skip
-    if several:
-        tiles = _ceil(tokens, 64)
-        merge_kernel[(bh * tiles,)](
-            into, lse, out, saved.lse, *out.stride()[:3], heads, tokens, bh, tiles,
-            S=s, D=dim, BLOCK_D=block_d, BLOCK_N=64,
-        )  # fmt: skip
-    return out, saved
-
-
-def attend_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, saved: Saved, sizes: Sizes,
-    scale: float, again: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k and v, each laid out like its tensor."""
-    q, k, v, grad = _dense(q), _dense(k), _dense(v), _dense(grad)
-    dq, dk, dv = (like_queries(x) for x in (q, k, v))
-    batch, heads, tokens, dim = q.shape
-    bh, m, top, s = batch * heads, sizes.m, sizes.top, sizes.s if sizes.top else 1
-    if not bh:
-        return dq, dk, dv
-    block_d, routed, shared = _power(dim, 16), bool(top), bool(sizes.shared)
-    wide = q.dtype == torch.float32 or block_d > 64
-    block_m = min(_power(m, 16), 32 if wide else 64)
-    blocks_m = _ceil(m, block_m)
-    block_n = 32 if wide else 64
-    tile = min(block_n, attend_tile(tokens, m, s)) if routed else 32
-    # enough programs to fill the device, each with a whole number of blocks
-    share = block_n * max(1, min(16, bh * tokens // (block_n * 1024)))
-    splits = _ceil(tokens, share)
-    parts = _floats(q, 2, bh, splits, m, dim if shared else 0)
-    delta = _floats(q, bh, tokens)
-    sq, sk, sv, sg = (x.stride()[:3] for x in (q, k, v, grad))
-    shared_backward_kernel[(bh * splits, blocks_m if shared else 1)](
-        q, out, grad, saved.marks, saved.values, saved.lse, delta, parts[0], parts[1],
-        *sq, *out.stride()[:3], *sg, heads, tokens, m, splits, share, again,
-        D=dim, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n, SHARED=shared,
-        num_warps=4, num_stages=1 if wide else 2,
-    )  # fmt: skip
-    dmarks, dread = parts.sum(2)
-    dprobe = (dread * saved.values).sum(-1) if shared else dread
-
-    tiles, listed = _ceil(tokens, block_n), m * top
-    members = saved.members.view(bh, listed)
-    dkeys, dvalues = q.new_empty(2, *members.shape, dim)
-    ordered = places = bounds = members
-    if routed:
-        block_k = min(32 if wide else 64, _power(top, 16))
-        expert_backward_kernel[(bh * m, _ceil(top, block_k))](
-            q, k, v, grad, saved.members, saved.starts, saved.order, saved.lse, delta,
-            dkeys, dvalues, *sq, *sk, *sv, *sg, heads, tokens, m, scale,
-            K=top, S=s, D=dim, BLOCK_D=block_d, BLOCK_K=block_k,
-            T=tile, num_warps=4 if tile > 16 else 1, num_stages=1 if wide else 2,
-        )  # fmt: skip
-        ordered, places = members.sort(dim=1, stable=True)
-        edges = torch.arange(0, (tiles + 1) * block_n, block_n, dtype=torch.int32, device=q.device)
-        bounds = torch.searchsorted(ordered, edges.expand(bh, -1).contiguous())
-    landmark_backward_kernel[(bh * splits,)](
-        k, v, saved.exact, saved.probe_lse, dread, dprobe, ordered, places, bounds,
-        dkeys, dvalues, dk, dv, parts[0], *sk, *sv, *dk.stride()[:3], *dv.stride()[:3],
-        heads, tokens, m, splits, share, tiles, listed, scale,
-        D=dim, BLOCK_D=block_d, BLOCK_M=block_m, BLOCKS_M=blocks_m, BLOCK_N=block_n,
-        BLOCK_C=128 if not wide and listed > 64 * tiles else 32,
-        ROUTED=routed, SHARED=shared,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        num_warps=4, num_stages=1,
-    )  # fmt: skip
-    if shared:
-        dmarks = dmarks + parts[0].sum(1)
-
-    tiles = s * tokens // tile + m if routed else _ceil(tokens, tile)
-    into = dq.unsqueeze(0) if s == 1 else _floats(q, s, *q.shape)
-    query_backward_kernel[(bh * tiles,)](
-        q, k, v, grad, saved.marks, saved.values, saved.members, saved.starts, saved.order,
-        saved.lse, delta, dmarks, into, *sq, *sk, *sv, *sg, *into.stride()[1:4], into.stride(0),
-        heads, tokens, tiles, sizes.first, sizes.height, sizes.width, sizes.a, sizes.b,
-        scale, again, M=m, K=top, S=s, D=dim, BLOCK_D=block_d, T=tile, BLOCK_E=_power(m),
-        BLOCK_C=min(32 if wide else 64, _power(m * sizes.shared + top, 16)),
-        ROUTED=routed, SHARED=shared, num_warps=4 if tile > 16 else 2,
-        num_stages=1 if wide else 2, maxnreg=None if wide or tile < 64 else 128,
-    )  # fmt: skip
-    if s > 1:
-        dq.copy_(into.sum(0))
-    return dq, dk, dv
+__all__ = ["Sizes", "mita_attention"]
 
 
 @torch.library.custom_op("mitaswap::mita", mutates_args=())
@@ -355,13 +32,13 @@ def mita(q: Tensor, k: Tensor, v: Tensor, sizes: list[int], scale: float, again:
 
 @mita.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, sizes: list[int], scale: float, again: float) -> Tensor:
-    return like_queries(_dense(q))
+    return like(readable(q))
 
 
 @torch.library.custom_op("mitaswap::mita_training", mutates_args=())
 def mita_training(
     q: Tensor, k: Tensor, v: Tensor, sizes: list[int], scale: float, again: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`mita` with its `Saved` tensors, differentiable through the first output."""
     with torch.cuda.device_of(q):
         out, saved = attend_forward(q, k, v, Sizes(*sizes), scale, again, save=True)
@@ -370,8 +47,8 @@ def mita_training(
 
 @mita_training.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, sizes: list[int], scale: float, again: float) -> Any:
-    q = _dense(q)
-    return (like_queries(q), *empty_saved(q, Sizes(*sizes)))
+    q = readable(q)
+    return (like(q), *empty_saved(q, Sizes(*sizes)))
 
 
 @torch.library.custom_op("mitaswap::mita_backward", mutates_args=())
@@ -389,7 +66,7 @@ def _(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, saved: list[Tensor],
     sizes: list[int], scale: float, again: float,
 ) -> Any:  # fmt: skip
-    return tuple(like_queries(_dense(x)) for x in (q, k, v))
+    return tuple(like(readable(x)) for x in (q, k, v))
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
