@@ -37,6 +37,8 @@ from mitaswap.tokens import TokenLayout
 
 KEY = "mitaswap"
 EXTRAS = "mitaswap.safetensors"
+#: what `mitaswap train` keeps beside the network: the state to go on from, and the log
+TRAINING = ("last.pt", "log.csv")
 #: attribute of a module that `load` gave: what its weights were trained with, for `save`
 _TRAINED = "_mitaswap_trained_with"
 
@@ -202,8 +204,8 @@ def save(
         The directory.
 
     Raises:
-        MitaswapError: the module comes from neither library, the directory holds files of others,
-            or it cannot be written.
+        MitaswapError: the module comes from neither library, the directory holds files of others
+            or a training, or it cannot be written.
     """
     if not into_existing:
         check_target(directory)
@@ -239,12 +241,37 @@ def check_target(directory: str | Path) -> None:
         names = sorted(path.name for path in target.iterdir()) if target.is_dir() else []
     except OSError as error:
         raise MitaswapError(f"cannot save to {str(directory)!r}: {error}") from error
+    training = [name for name in names if name in TRAINING]
+    if training:
+        raise MitaswapError(
+            f"cannot save to {str(directory)!r}: it holds a training ({', '.join(training)}), "
+            "whose network would be replaced. Give a new directory."
+        )
     if names and not _is_ours(target):
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         raise MitaswapError(
             f"cannot save to {str(directory)!r}: it holds files that mitaswap did not write "
             f"({shown}), and some might be replaced. Give a new directory, an empty one, or one "
             "that `mitaswap convert` wrote."
+        )
+
+
+def check_same_weights(directory: str | Path, network: Network) -> None:
+    """Raise `MitaswapError` if `save` would replace other weights there than those of a network,
+    which is not swapped: its own with other mechanisms are no loss.
+    """
+    if not (Path(directory) / "config.json").exists():
+        return
+    there = open_network(str(directory), swapped=False)
+    old, new = there.module.state_dict(), network.module.state_dict()
+    same = old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)
+    trained = (Path(directory) / EXTRAS).exists() and trained_with(there) != "standard"
+    if not same or trained:
+        what = "learned parts of the mechanisms" if same else "weights of another network"
+        raise MitaswapError(
+            f"cannot save to {str(directory)!r}: it holds {what} ({there.arch}, trained with "
+            f"{trained_with(there)}), which would be lost. Give a new directory, or delete that "
+            "one first."
         )
 
 

@@ -9,6 +9,7 @@ stay ordinary exceptions.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -32,12 +33,37 @@ def unknown(kind: str, given: str, allowed: Iterable[str], hint: str = "") -> Mi
         hint: the next step, a sentence ("`mitaswap ls` lists them.").
     """
     names = sorted(allowed)
-    near = difflib.get_close_matches(given, names, n=1, cutoff=0.5)
+    near = [repr(name) for name in nearest(given, names)]
     parts = [f"unknown {kind} {given!r}."]
     if near:
-        parts.append(f"Did you mean {near[0]!r}?")
+        *others, last = near
+        parts.append(f"Did you mean {', '.join(others)}{' or ' if others else ''}{last}?")
     shown = ", ".join(names[:20]) + (f", ... ({len(names)} in all)" if len(names) > 20 else "")
     parts.append(f"Allowed: {shown}." if names else "None exist.")
     if hint:
         parts.append(hint)
     return MitaswapError(" ".join(parts))
+
+
+def nearest(given: str, names: Iterable[str]) -> list[str]:
+    """At most three of the names that may be meant, whatever their case: the same; else those that
+    begin with what was given, the shortest first; else those with all its words (`attn.0` is in
+    `blocks.0.attn`); else the one that is spelled most alike.
+    """
+    folded = {name: name.casefold() for name in sorted(names)}
+    text = given.casefold()
+    words = _words(text)
+    rules = (
+        [name for name, other in folded.items() if other == text],
+        [name for name, other in folded.items() if text and other.startswith(text)],
+        [name for name, other in folded.items() if words and words <= _words(other)],
+    )
+    for found in rules:
+        if found:
+            return sorted(found, key=len)[:3]
+    alike = difflib.get_close_matches(text, folded.values(), n=1, cutoff=0.5)
+    return [name for name, other in folded.items() if other in alike][:3]
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"[^\W_]+", text))

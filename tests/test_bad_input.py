@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import resource
 import signal
 from collections.abc import Callable
@@ -72,6 +73,11 @@ def refused(cli: Command, tmp_path: Path) -> Refused:
             ["--layers", "block.0.attn"],
             "pattern 'block.0.attn'. Did you mean 'blocks.0.attn'?",
         ),
+        (["--run", ","], "--run ',' names nothing; leave it out, or give names"),
+        (["--run", ""], "--run '' names nothing"),
+        (["--stats", ","], "--stats ',' names nothing"),
+        (["--layers", "attn.0"], "pattern 'attn.0'. Did you mean 'blocks.0.attn'?"),
+        (["--grid", "K=4", "--grid", "M=9"], "unknown axis of mita 'M'. Did you mean 'm'?"),
         (["--layers", "0-5"], "layer pattern '0-5' is outside the model's 2 sites (0-1)"),
         (["--stats", "overlop"], "unknown statistic 'overlop'. Did you mean 'overlap'?"),
         (["--stats", "overlap", "--run", "linear"], "has only linear; add mita"),
@@ -98,6 +104,9 @@ def test_eval_options(
 MODELS = {
     "timm:vit_tiny_patch16_22": "unknown model 'vit_tiny_patch16_22'. Did you mean 'vit_tiny",
     "timn:vit_tiny_patch16_224": "Did you mean 'timm'?",
+    "timm:deit": "unknown model 'deit'. Did you mean 'deit_base_patch16_224',",
+    "vit_tiny": "unknown model 'vit_tiny'. Did you mean 'vit_tiny_patch16_224',",
+    "embedded:MITA": "unknown embedded model 'MITA'. Did you mean 'mita'?",
     "embedded:standart": "unknown embedded model 'standart'",
     "no/such/directory": "no/such/directory",
     "timm:vit_tiny_patch16_224(img_sise=16,pretrained=false)": "Did you mean 'img_size'?",
@@ -106,6 +115,9 @@ MODELS = {
 VERBS = ("walk", "eval", "convert", "finetune")
 NAMED = {
     "mitta=timm:test_vit": "unknown mechanism 'mitta'. Did you mean 'mita'?",
+    "mine=": "'mine=' names no model: expected NAME=MODEL, or MODEL alone",
+    "": "an empty MODEL",
+    "MITA=timm:test_vit": "unknown mechanism 'MITA'. Did you mean 'mita'?",
     "mita(l=9)=timm:test_vit": "unknown option of mita 'l'.",
 }
 
@@ -408,6 +420,44 @@ def test_a_run_of_another_command(refused: Refused, timm_dir: Path, run: Path) -
     assert "split" not in message and len(load_rows(run)) == 2
 
 
+@pytest.mark.parametrize("first", ["eval", "bench"])
+def test_a_run_of_another_verb(
+    cli: Command, refused: Refused, timm_dir: Path, tmp_path: Path, first: str
+) -> None:
+    out = ("-o", tmp_path / "run")
+    verbs: dict[str, tuple[object, ...]] = {
+        "eval": ("eval", timm_dir, *DIGITS, "--run", "linear", *out),
+        "bench": ("bench", "--run", "linear", "--tokens", 16, "--seconds", 0, *out),
+    }
+    assert cli(*verbs.pop(first)).code == 0
+    ((other, command),) = verbs.items()
+    message = refused(*command)
+    assert f"was made by `mitaswap {first}`, and `mitaswap {other}` writes other" in message
+    assert "differ" not in message and "not set" not in message
+
+
+def test_bench_of_nothing(refused: Refused, tmp_path: Path) -> None:
+    assert "--run ',' names nothing" in refused("bench", "--run", ",", "-o", tmp_path / "run")
+
+
+def test_a_directory_that_is_called_as_a_source(
+    refused: Refused, timm_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = ("eval", timm_dir, "--data", "folder", "-o", tmp_path / "run")
+    assert refused(*base).endswith("folder needs the option root: folder(root=...)")
+    (tmp_path / "folder").mkdir()
+    assert "or, for what lies here under that name, ./folder" in refused(*base)
+
+
+def test_retries_of_the_hub_are_not_told(cli: Command) -> None:
+    from huggingface_hub.utils import _http
+
+    cli("ls", "mita")
+    assert not _http.logger.isEnabledFor(logging.WARNING)
+    assert _http.logger.isEnabledFor(logging.ERROR)
+
+
 def test_a_run_of_other_weights(
     refused: Refused, cli: Command, timm_dir: Path, tmp_path: Path
 ) -> None:
@@ -544,6 +594,30 @@ def test_the_disk_is_full(cli: Command, timm_dir: Path, tmp_path: Path) -> None:
     assert kept in (4, 5, 6)  # the digits of a loss or time may be one more or less
     assert f"it has {kept} of 8 cells" in cli(*base, run).err
     assert set(load_rows(run)["cell"]) == set(load_rows(whole)["cell"])
+
+
+@pytest.mark.parametrize("verb", ["eval", "train"])
+@pytest.mark.parametrize("there", ["", "runs", "runs/new"])
+def test_a_disk_that_is_full_from_the_start_leaves_nothing(
+    cli: Command, timm_dir: Path, tmp_path: Path, verb: str, there: str
+) -> None:
+    (tmp_path / there).mkdir(parents=True, exist_ok=True)
+    base: tuple[object, ...] = ("eval", timm_dir, *DIGITS, "--run", "linear")
+    if verb == "train":
+        rest = ("--no-aug", "--epochs", 1, "-b", 20, "-j", 0)
+        base = ("train", timm_dir, "--data", "digits", "--limit", 40, *rest)
+    before = tree(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, hard))
+    try:
+        done = cli(*base, "-o", tmp_path / "runs" / "new")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert done.code == 2 and done.err.count("error: cannot write") == 1
+    assert tree(tmp_path) == before
+    assert cli(*base, "-o", tmp_path / "runs" / "new").code == 0
 
 
 @pytest.mark.parametrize("room", [0, 2], ids=["at-once", "after-two-cells"])

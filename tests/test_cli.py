@@ -22,9 +22,10 @@ from safetensors.torch import load_file
 import mitaswap
 from mitaswap.checkpoint import KEY, open_network, trained_with
 from mitaswap.errors import MitaswapError
-from mitaswap.mechanisms import MECHANISMS, WRAPPERS, learned_numbers, mechanism
+from mitaswap.mechanisms import MECHANISMS, WRAPPERS, SiteShape, learned_numbers, mechanism
 from mitaswap.results import load_plan, load_provenance, load_rows
 from mitaswap.surgery import swapped_sites
+from mitaswap.tokens import TokenLayout
 
 Command = Callable[..., Any]
 MITA = "mita(m=9,k=9)"
@@ -72,6 +73,10 @@ def test_ls_of_one_mechanism_tells_all_about_it(cli: Command) -> None:
     for word in ("Yuan et al. 2025", "needs", "q, k, v, grid, x", "usable", "parameters for 3"):
         assert word in done.out, word
     part = mechanism("nsa")
+    cost = part.cost(SiteShape(6, 64, TokenLayout(1, (14, 14))))
+    told = " ".join(done.out.split())
+    assert f"{cost.flops / 1e6:.1f} MFLOPs (a multiply-add is two; empty slots of the ref" in told
+    assert f"reference: {cost.padding / 1e6:.1f} more), {cost.bytes() / 1e6:.2f} MB moved" in told
     for option in fields(part.options):  # each with its meaning
         line = next(x for x in done.out.splitlines() if x.strip().startswith(f"{option.name}:"))
         assert len(line.split()) > 4, line
@@ -144,6 +149,9 @@ def test_wrappers_apply_from_left_to_right_as_ls_says(cli: Command) -> None:
         ("window(size=4)", "size=4 must be odd"),
         ("dwc(kernl=3)", "unknown option of dwc 'kernl'. Did you mean 'kernel'?"),
         ("linear+window", "linear has no softmax that a window could join"),
+        ("MiTA", "unknown mechanism 'MiTA'. Did you mean 'mita'?"),
+        ("mita(M=9)", "unknown option of mita 'M'. Did you mean 'm'?"),
+        ("+dwcc", "unknown wrapper 'dwcc'. Did you mean 'dwc'?"),
     ],
 )
 def test_ls_of_what_is_impossible_prints_the_error_alone(
@@ -325,7 +333,8 @@ def test_columns_of_the_rows(cli: Command, own: Path, tmp_path: Path) -> None:
     card = MECHANISMS.get("mita").card
     for field in fields(card):
         assert row.pop(field.name) == getattr(card, field.name)
-    assert 0 < row.pop("attn_gmacs") < row.pop("gmacs")
+    assert 0 < row.pop("attn_gmacs") < row["gmacs"] < row.pop("gmacs_executed")
+    assert row.pop("gmacs") and row.pop("attn_mbytes") > 0
     assert row == {
         "study": "matrix", "model": "own", "model_name": str(own),
         "arch": "vit_tiny_patch16_224", "trained_with": MITA,
@@ -495,6 +504,34 @@ def test_ctrl_c_keeps_rows_and_the_command_goes_on(
     assert numbers(run) == numbers(whole)
 
 
+@pytest.mark.parametrize("layers", ["*", "1"])
+def test_a_cell_of_two_studies_is_measured_once_also_when_the_run_goes_on(
+    cli: Command, own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layers: str
+) -> None:
+    from mitaswap.studies import _workbench
+
+    real, made, run = _workbench.measure, [], tmp_path / "run"
+
+    def measure(*args: Any, **kwargs: Any) -> Any:
+        if len(made) == 1 and not again:
+            raise KeyboardInterrupt
+        made.append(1)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(_workbench, "measure", measure)
+    again = False
+    base = ("eval", own, *DIGITS, "--layers", layers, "--run", MITA, "--grid", "K=9,4", "-o", run)
+    assert cli(*base).code == 2
+    again = True
+    assert cli(*base).code == 0
+    found = {(row["study"], row["run_with"], row["layers"]): row for row in numbers(run)}
+    shared = [row for (_, spec, where), row in found.items() if (spec, where) == (MITA, layers)]
+    assert len(shared) == 2 and len(made) == len({key[1:] for key in found})
+    columns = {"cell", "study", "axis_K", "axis_K_name"}
+    one, other = ({k: v for k, v in row.items() if k not in columns} for row in shared)
+    assert one == other and {"axis_K", "axis_K_name"} & set(shared[1]) == set()
+
+
 def test_ctrl_c_while_models_are_opened(
     cli: Command, own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -505,6 +542,16 @@ def test_ctrl_c_while_models_are_opened(
     done = cli("eval", own, *DIGITS, "-o", tmp_path / "run")
     assert done.code == 2 and done.err.startswith("stopped: ")
     assert not (tmp_path / "run").exists()
+
+
+def test_ctrl_c_while_the_verbs_are_imported(cli: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mitaswap.cli._app.importlib.import_module", stop)
+    done = cli("ls")
+    assert (done.code, done.out) == (2, "")
+    assert done.err == "stopped: give the same command again.\n"
 
 
 SIGNAL = """

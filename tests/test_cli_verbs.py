@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,12 +11,19 @@ from typing import Any
 import pytest
 import torch
 from image_files import encoded
+from rich.console import Console
 from safetensors.torch import load_file
 
+import mitaswap
+from mitaswap.checkpoint import save
 from mitaswap.models import open_model
 
 Command = Callable[..., Any]
 FAST = ("--no-aug", "--epochs", 1, "-b", 6, "--warmup-epochs", 0, "-j", 0, "--device", "cpu")
+
+
+def words(text: str) -> str:
+    return " ".join(text.split())
 
 
 @pytest.fixture
@@ -55,7 +64,11 @@ def test_a_project_directory_keeps_its_files(
     assert [(path.name, path.read_text()) for path in project.iterdir()] == [("README.md", "mine")]
 
 
-def test_a_run_writes_its_network_beside_its_state_and_convert_replaces_it_there(
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_run_writes_its_network_beside_its_state_and_convert_leaves_both(
     cli: Command, timm_dir: Path, colours: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
@@ -65,7 +78,63 @@ def test_a_run_writes_its_network_beside_its_state_and_convert_replaces_it_there
     assert {"last.pt", "log.csv", "model.safetensors", "README.md"} <= {
         p.name for p in out.iterdir()
     }
-    assert cli("convert", out, "--to", "linear", "-o", out).code == 0
+    before = content(out)
+    for model in (out, timm_dir):
+        done = cli("convert", model, "--to", "linear", "-o", out)
+        assert (done.code, done.out) == (2, "")
+        assert "it holds a training (last.pt, log.csv), whose network would be" in words(done.err)
+        assert "Give a new directory." in words(done.err)
+        assert content(out) == before
+    assert cli("convert", out, "--to", "linear", "-o", tmp_path / "other").code == 0
+
+
+def test_convert_replaces_other_mechanisms_but_no_other_weights(
+    cli: Command, timm_dir: Path, hf_dir: Path, tmp_path: Path
+) -> None:
+    out, other = tmp_path / "out", tmp_path / "other"
+    model = mitaswap.load(timm_dir)
+    with torch.no_grad():
+        next(model.parameters()).add_(1)
+    mitaswap.save(model, other)
+    for spec in ("linear", "mita(m=4,k=4)", "linear+dwc", "linear+dwc"):
+        assert cli("convert", timm_dir, "--to", spec, "-o", out).code == 0
+    assert cli("convert", out, "--to", "linear+gate", "-o", out).code == 0  # in place
+    before = content(out)
+    for source in (other, hf_dir, "embedded:mita"):
+        done = cli("convert", source, "--to", "linear", "-o", out)
+        assert (done.code, done.out) == (2, "")
+        assert "it holds weights of another network (vit_tiny" in words(done.err)
+        assert "Give a new directory, or delete that one first." in words(done.err)
+        assert content(out) == before
+
+
+def test_convert_replaces_no_trained_parts_of_mechanisms(
+    cli: Command, timm_dir: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    model = mitaswap.convert(mitaswap.load(timm_dir), "linear+dwc")
+    save(model, out, trained_by="linear+dwc")
+    before = content(out)
+    done = cli("convert", out, "--to", "linear", "-o", out)
+    assert done.code == 2 and "it holds learned parts of the mechanisms" in words(done.err)
+    assert content(out) == before
+    assert cli("convert", out, "--to", "linear", "-o", tmp_path / "new").code == 0
+
+
+@pytest.mark.parametrize("verb", ["convert", "report", "train"])
+def test_long_paths_are_printed_in_one_piece(
+    cli: Command, timm_dir: Path, colours: Path, tmp_path: Path, verb: str
+) -> None:
+    out = tmp_path / ("long" * 30)
+    if verb == "report":
+        cli("eval", timm_dir, "--data", "digits", "--limit", 20, "--run", "linear", "-o", out)
+        done = cli("report", out)
+    elif verb == "convert":
+        done = cli("convert", timm_dir, "--to", "linear", "-o", out)
+    else:
+        done = cli("train", timm_dir, "--data", colours, *FAST, "-o", out)
+        assert "after 1 epoch, trained with" in done.out
+    assert done.code == 0 and str(out) in done.out
 
 
 # --- sizes ---------------------------------------------------------------------------------------
@@ -150,6 +219,93 @@ def test_other_weights_under_the_same_name_are_not_continued(
     assert done.code == 2 and "model.weights was" in done.err
 
 
+# --- progress ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_bar_of_a_training_keeps_its_times_and_rate(
+    cli: Command,
+    timm_dir: Path,
+    colours: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    width: int,
+) -> None:
+    from mitaswap.cli import _progress
+    from mitaswap.train import loop
+
+    screen = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+    monkeypatch.setattr(_progress, "err", screen)
+    bars: list[Any] = []
+
+    class Kept(_progress.Progress):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            bars.append(self)
+
+    monkeypatch.setattr(_progress, "Progress", Kept)
+    real = loop.validate
+    lines: list[str] = []
+
+    def validate(*args: Any) -> Any:
+        paper = Console(file=io.StringIO(), width=width, color_system=None)
+        (task,) = bars[0].tasks
+        task.start_time -= 4000
+        bars[0].update(task.id, stats=task.fields["stats"].replace("epoch 2/2", "epoch 299/300"))
+        paper.print(bars[0].get_renderable())
+        lines.append(paper.file.getvalue())
+        return real(*args)
+
+    monkeypatch.setattr(loop, "validate", validate)
+    done = cli("train", timm_dir, "--data", colours, *FAST, "--epochs", 2, "-o", tmp_path / "out")
+    assert done.code == 0, done.err
+    line = lines[1].rstrip("\n")
+    assert "\n" not in line and len(line) <= width
+    shown = r"training [━╸╺ ]+ epoch 299/300 loss \d\.\d{3} top1 \d+\.\d \d+ img/s "
+    assert re.fullmatch(shown + r"1:06:\d\d left (-:--:--|\d+:\d\d:\d\d)", line), line
+    assert len(re.findall("[━╸╺]", line)) >= (4 if width == 80 else 24)
+
+
+def test_the_bar_of_an_evaluation_of_many_images_keeps_its_times(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from mitaswap.cli import _progress
+
+    screen = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
+    monkeypatch.setattr(_progress, "err", screen)
+    bar = _progress.Bar()
+    bar.start(1_250_000)
+    bar.images(1_000_000)
+    (task,) = bar._progress.tasks
+    task.start_time, task.finished_speed = task.start_time - 36000, 123456.0
+    screen.print(bar._progress.get_renderable())
+    line = screen.file.getvalue().rstrip("\n")
+    assert len(line) <= 80 and "1000000/1250000 123456 img/s 10:00:0" in line
+    assert line.endswith("left -:--:--")
+
+
+@pytest.mark.parametrize(("epochs", "warmup"), [(1, 0.5), (3, 1.5), (4, 2.0), (30, 2.0)])
+def test_the_warm_up_is_shorter_than_the_training(
+    cli: Command,
+    timm_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    epochs: int,
+    warmup: float,
+) -> None:
+    seen: list[float] = []
+
+    def train(*args: Any, **_: Any) -> Any:
+        seen.append(args[3].warmup_epochs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mitaswap.train.train", train)
+    base = ("train", timm_dir, "--data", "digits", "--epochs", epochs, "-o", tmp_path / "out")
+    cli(*base)
+    cli(*base, "--warmup-epochs", 0)
+    assert seen == [warmup, 0]
+
+
 # --- help ----------------------------------------------------------------------------------------
 
 
@@ -162,6 +318,19 @@ def test_examples_stand_on_one_line_of_the_help(
     lines = [line.strip() for line in cli(verb, "--help").out.splitlines()]
     (at,) = [number for number, line in enumerate(lines) if line.startswith("Example:")]
     assert lines[at].startswith(f"Example: mitaswap {verb} ") and lines[at + 1] == ""
+
+
+@pytest.mark.parametrize(
+    "verb", ["ls", "walk", "convert", "eval", "bench", "train", "finetune", "report"]
+)
+def test_nothing_is_cut_in_the_help(
+    cli: Command, verb: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERMINAL_WIDTH", "80")
+    text = cli(verb, "--help").out
+    assert "…" not in text and max(map(len, text.splitlines())) <= 80
+    assert ("--trust-remote-code " in text) == (verb not in ("ls", "report"))
 
 
 def test_train_and_finetune_have_one_set_of_options_and_two_descriptions(cli: Command) -> None:

@@ -179,7 +179,7 @@ def test_limit_must_be_positive() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("digit", "unknown data set 'digit'. Did you mean 'digits'?"),
+        ("digit", "unknown data set 'digit'. Did you mean 'digits' or 'digit-scenes'?"),
         ("digits(sizes=8)", "unknown option of digits 'sizes'. Did you mean 'size'?"),
         ("digits(size=big)", "size='big' in 'digits(size=big)' must be of type int"),
         ("digits(size=true)", "must be of type int"),

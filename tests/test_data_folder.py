@@ -93,6 +93,46 @@ def test_empty_folder(tmp_path: Path) -> None:
     assert "is no directory of class folders: Found 0 images" in message(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    "ending", [".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".png", ".jpg", ".jpeg", ".JPEG"]
+)
+def test_no_kind_of_image_is_dropped(folder: Path, ending: str) -> None:
+    from timm.data.readers.img_extensions import get_img_extensions
+
+    before = get_img_extensions()
+    for number, path in enumerate(sorted((folder / "val").rglob("*.png"))):
+        if number % 2:
+            path.with_suffix(ending).write_bytes(path.read_bytes())
+            if ending != ".png":
+                path.unlink()
+    images = open_set(str(folder))
+    assert len(images) == 6
+    assert sorted(label for _, label in images) == [0, 0, 1, 1, 2, 2]
+    assert get_img_extensions() == before  # what other users of timm get
+
+
+@pytest.mark.parametrize("name", ["2.gif", "2.HEIC", "2.avif", "2.jfif"])
+def test_an_image_that_is_not_read_is_refused(folder: Path, name: str) -> None:
+    path = folder / "val" / "cat" / name
+    path.write_bytes(encoded(100))
+    says = message(str(folder))
+    assert says.startswith(f"{str(path)!r} is an image of a kind that class folders are not read")
+    assert ".webp" in says and "Convert it" in says
+    assert len(open_set(str(folder), "train")) == 6  # the other split is not concerned
+
+
+def test_files_that_are_no_images_are_passed_over(folder: Path) -> None:
+    for name in ("Thumbs.db", "labels.txt", ".DS_Store", ".hidden.gif", "no-ending"):
+        (folder / "val" / "cat" / name).write_bytes(b"?")
+    assert len(list(open_set(str(folder)))) == 6
+
+
+def test_a_folder_of_no_images_says_which_are_read(tmp_path: Path) -> None:
+    (tmp_path / "cat").mkdir()
+    says = message(str(tmp_path))
+    assert "Found 0 images" in says and ".webp" in says and says.count(".png") == 1
+
+
 def test_image_without_a_class(folder: Path) -> None:
     (folder / "val" / "loose.png").write_bytes(encoded(1))
     assert "loose.png' lies beside the class folders" in message(str(folder))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import matplotlib as mpl
@@ -14,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.text import Text
 from speed_rows import speed_rows
 
 from mitaswap.figures import DARK, FIGURES, LIGHT, Chart, Theme
@@ -386,6 +388,61 @@ def test_a_mechanisms_own_seed_is_not_that_of_the_run() -> None:
     assert (one.training, two.training) == (None, (25, 25))
 
 
+def square(rows: int, columns: int) -> list[dict]:
+    """A grid whose training cell is in a corner of both regions."""
+    return [
+        {
+            **grid_rows("mita(m=1,k=4)")[0],
+            "run_with": f"mita(m={m},k={k})",
+            **{"m": m, "k": k, "axis_N": m, "axis_K": k},
+            "top1": 70.0 + (5.0 if k == 4 and m == 1 else 6.0 if k >= 4 else 4.5 if m > 1 else 0.0),
+        }
+        for m in [i * i for i in range(1, rows + 1)]
+        for k in [i * i for i in range(1, columns + 1)]
+    ]
+
+
+def boxes(ax: Axes) -> list[np.ndarray]:
+    """For each outline with its casing the boxes (left, low, right, high) of its sides, in points
+    on the page.
+    """
+    found = []
+    for casing in lines(ax)[::2]:
+        half = float(casing.get_linewidth()[0]) / 2
+        ends = np.array([ax.transData.transform(s) for s in casing.get_segments()])
+        ends = ends * 72 / ax.figure.dpi
+        found.append(np.hstack([ends.min(axis=1) - half, ends.max(axis=1) + half]))
+    return found
+
+
+def meet(a: np.ndarray, b: np.ndarray) -> bool:
+    apart = (a[:, None, :2] > b[None, :, 2:]) | (b[None, :, :2] > a[:, None, 2:])
+    return bool((~apart.any(axis=2)).any())
+
+
+@pytest.mark.parametrize("size", [(1, 2), (2, 2), (16, 16), (20, 3), (3, 20)], ids=str)
+@pytest.mark.parametrize("heading", [1, 4], ids=["short", "long"])
+def test_outlines_of_training_cell_and_regions_never_cover_each_other(
+    size: tuple[int, int], heading: int
+) -> None:
+    rows = [{**row, "model": "vit_tiny-" * heading} for row in square(*size)]
+    figure = only(draw("grid", rows))
+    with mpl.rc_context(LIGHT.rc):
+        figure.draw_without_rendering()
+    ax = figure.axes[0]
+    frames = boxes(ax)
+    assert len(frames) == len(legend(figure)) == 3
+    for i, one in enumerate(frames):
+        for other in frames[i + 1 :]:
+            assert meet(one, one) and not meet(one, other)
+    # nor do they cover the number of the cell, even one of five signs
+    text = ax.texts[1]
+    text.set_text("100.0")
+    number = text.get_window_extent().get_points().ravel()[None] * 72 / figure.dpi
+    number += [[0, 2, 0, -2]]  # the descent, which digits have not
+    assert not any(meet(frame, number) for frame in frames)
+
+
 @pytest.mark.parametrize("inset", [(0.0, 0.0), (0.1, 0.05)], ids=["on the border", "inside"])
 def test_border_of_a_set_of_cells_is_closed(inset: tuple[float, float]) -> None:
     # An L: one concave corner.
@@ -516,6 +573,16 @@ def test_pareto_shows_cores_below_and_the_whole_network_above() -> None:
     assert data.loc["dat", "Whole network (GMACs)"] == pytest.approx(1.13)
     small = pareto(swap_rows(size=0.01))
     assert small.loc["dat", "Attention cores (MMACs)"] == pytest.approx(0.5)
+
+
+def test_pareto_table_has_what_is_executed_and_moved_where_rows_tell() -> None:
+    """Rows of older runs do not; beside new ones their cells are empty."""
+    old, new = swap_rows()[:2], swap_rows(gmacs_executed=1.5, attn_mbytes=0.6)[2:]
+    assert pareto(swap_rows()).filter(regex="Executed|Moved").empty
+    data = pareto(old + new).filter(regex="Executed|Moved")
+    assert [*data] == ["Executed, with empty slots (GMACs)", "Moved by attention (MB)"]
+    known = ~data.index.isin([row["run_with"] for row in old])
+    assert (data[known] == [1.5, 0.6]).all(axis=None) and data[~known].isna().all(axis=None)
 
 
 @pytest.mark.parametrize("case", ["cores unknown", "another body"])
@@ -747,6 +814,35 @@ def luminance(colour: str) -> float:
 def contrast(a: str, b: str) -> float:
     low, high = sorted((luminance(a), luminance(b)))
     return (high + 0.05) / (low + 0.05)
+
+
+HEADING = (
+    "deit3_small_patch16_224-finetuned/checkpoint-120 run with mita(m=25,k=25), s = 2 (imagenet"
+)
+
+
+@pytest.mark.parametrize("length", range(50, 91, 8))
+@pytest.mark.parametrize("name", FIGURES.names())
+def test_headings_end_inside_the_figure(name: str, length: int) -> None:
+    tables = [grid_rows(), matrix_rows(), overlap_rows(), swap_rows(), many_rows(20), speed_rows()]
+    table = next(t for t in map(pd.DataFrame, tables) if chart(name).applies(t))
+    panel = chart(name).panels(table)[0]
+    heading = HEADING[:length]
+    content = panel.content
+    if name == "matrix":  # it writes the setting
+        content = replace(content, setting=heading)
+    with mpl.rc_context(LIGHT.rc):
+        figure = chart(name).paint(replace(panel, heading=heading, content=content), LIGHT)
+        for dpi in (72, 100, 200):  # SVG, screen, PNG
+            figure.set_dpi(dpi)
+            figure.draw_without_rendering()
+            titles = [t for t in figure.findobj(Text) if t.get_text().startswith(heading[:8])]
+            assert titles, "the heading is on the page"
+            for title in titles:
+                box = title.get_window_extent()
+                assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
+                assert "".join(title.get_text().split()) == "".join(heading.split())
+                assert len(title.get_text().split("\n")[0]) >= 30, "no scraps"
 
 
 @pytest.mark.parametrize("theme", [LIGHT, DARK], ids=lambda theme: theme.name)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mitaswap.errors import MitaswapError, SwapError, unknown
+from mitaswap.errors import MitaswapError, SwapError, nearest, unknown
 from mitaswap.registry import Registry
 from mitaswap.spec import Recipe, Spec, match_layers, split_top_level
 from mitaswap.tokens import TokenLayout
@@ -59,6 +59,10 @@ def test_spec_survives_its_own_text(name: str, options: dict) -> None:
         ("folder(path='a, (b)',mean=[0.5,1])", "folder", {"path": "a, (b)", "mean": (0.5, 1)}),
         ("a(x=(relu,none,(1,b)))", "a", {"x": ("relu", None, (1, "b"))}),
         ("hf-hub:org/name.v1", "hf-hub:org/name.v1", {}),
+        # numbers are decimal ones: 0x0 is a shape like 2x4
+        ("a(x=0x0,y=0x10,z=1_0,w=2j)", "a", {"x": "0x0", "y": "0x10", "z": "1_0", "w": "2j"}),
+        ("a(x=(0x0,-3,+4,.5,5.,1E2))", "a", {"x": ("0x0", -3, 4, 0.5, 5.0, 100.0)}),
+        ("a(x=('a,b'),y=('a,b',),z=[1])", "a", {"x": "a,b", "y": ("a,b",), "z": (1,)}),
     ],
 )
 def test_spec_reads(text: str, name: str, options: dict) -> None:
@@ -79,11 +83,7 @@ def test_spec_reads(text: str, name: str, options: dict) -> None:
         ("mita(m=25))", "cannot read the value '25)' in 'mita(m=25))'"),
         ("mita(m={1: 2})", "the value '{1: 2}' in 'mita(m={1: 2})' is neither number, word nor"),
         ("mita(m={[]: 2})", "cannot read the value '{[]: 2}' in 'mita(m={[]: 2})'"),
-        ("mita(m=2j)", "the value '2j' in 'mita(m=2j)' is neither number, word nor tuple"),
-        (
-            "mita(m=({1},))",
-            "the value '({1},)' in 'mita(m=({1},))' is neither number, word nor tuple",
-        ),
+        ("mita(m=({1},))", "the value '{1}' in 'mita(m=({1},))' is neither number, word nor tup"),
     ],
 )
 def test_spec_refuses(text: str, message: str) -> None:
@@ -353,6 +353,37 @@ def test_unknown_lists_at_most_twenty() -> None:
     assert message.startswith("unknown layer 'zzz'. Allowed: name00, name01,")
     assert message.endswith("name19, ... (25 in all).")
     assert "Did you mean" not in message
+
+
+AXES = ["K", "N", "k", "m", "landmark_tokens"]
+VITS = ["deit3_base", "deit_base", "vit_tiny_patch16_224", "vit_tiny_r_s16", "eva02_tiny"]
+LAYERS = [f"blocks.{i}.attn" for i in range(12)]
+
+
+@pytest.mark.parametrize(
+    ("given", "names", "meant"),
+    [
+        ("MiTA", ["agent", "mita"], ["mita"]),
+        ("M", AXES, ["m"]),
+        ("l", AXES, ["landmark_tokens"]),
+        ("kk", AXES, ["K", "k"]),  # nothing tells which
+        ("deit", VITS, ["deit_base", "deit3_base"]),
+        ("VIT_TINY", VITS, ["vit_tiny_r_s16", "vit_tiny_patch16_224"]),
+        ("attn.0", LAYERS, ["blocks.0.attn"]),
+        ("block.0.attn", LAYERS, ["blocks.0.attn"]),
+        ("Linaer", ["linear", "linformer"], ["linear"]),
+        ("x", ["abcdefg"], []),
+        ("", ["agent", "mita"], []),
+    ],
+)
+def test_nearest_names(given: str, names: list[str], meant: list[str]) -> None:
+    assert nearest(given, names) == meant
+
+
+def test_several_near_names_are_all_shown() -> None:
+    message = str(unknown("letter", "a", ["ab", "acd", "aefg", "ahijk", "b"]))
+    assert message.startswith("unknown letter 'a'. Did you mean 'ab', 'acd' or 'aefg'? Allowed:")
+    assert "Did you mean 'ab' or 'ac'?" in str(unknown("letter", "a", ["ab", "ac"]))
 
 
 def test_errors_are_value_errors() -> None:

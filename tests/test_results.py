@@ -291,6 +291,21 @@ def test_short_writes_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert load_rows(tmp_path / "run")["top1"].tolist() == [1.0, 2.0]
 
 
+def test_a_run_without_a_cell_is_discarded_with_what_it_made(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    for directory in (tmp_path / "a" / "b", tmp_path / "mine"):
+        with Run.open(directory, {}, {}) as run:
+            run.discard()
+        assert [path.name for path in tmp_path.rglob("*")] == ["mine"]
+    with Run.open(tmp_path / "mine", {}, {}) as run:
+        run.append("cell", [{"a": 1}])
+        run.discard()
+    with Run.open(tmp_path / "mine", {}, {}) as run:
+        run.discard()
+        assert run.done == {"cell"} and [row["a"] for row in run.rows] == [1]
+    assert len(load_rows(tmp_path / "mine")) == 1
+
+
 def test_a_second_process_is_refused_until_the_first_ends(tmp_path: Path) -> None:
     script = """
         import sys

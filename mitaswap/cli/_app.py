@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import pkgutil
 import sys
 from typing import Annotated, Any
@@ -19,6 +20,8 @@ from mitaswap.errors import MitaswapError
 out = Console()
 err = Console(stderr=True)
 
+_AGAIN = "give the same command again."
+
 
 class Stopped(Exception):
     """Ctrl-C, after what there was to keep has been kept; says how to go on."""
@@ -30,7 +33,7 @@ class _Verbs(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            raise Stopped("give the same command again.") from None
+            raise Stopped from None
 
 
 app = typer.Typer(
@@ -70,12 +73,14 @@ def load_verbs() -> None:
 
 def main() -> None:
     """Run the command line; exit code 2 for bad input and after Ctrl-C."""
-    load_verbs()
+    # what the hub does not give is one error at the end; its retries need no lines of their own
+    logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
     try:
+        load_verbs()  # takes long enough for a Ctrl-C
         app(prog_name="mitaswap")
     except MitaswapError as error:
         err.print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
         sys.exit(2)
-    except Stopped as stopped:
-        err.print(Text(f"stopped: {stopped}"), soft_wrap=True)
+    except (Stopped, KeyboardInterrupt) as stopped:
+        err.print(Text(f"stopped: {str(stopped) or _AGAIN}"), soft_wrap=True)
         sys.exit(2)

@@ -50,13 +50,17 @@ def _model(text: str) -> Model:
     from mitaswap.mechanisms import MECHANISMS, mechanism
 
     head, tail = _partition(text)
-    if not head:
+    if not head:  # an empty one would be the working directory
+        if not text.strip():
+            raise MitaswapError("an empty MODEL; `mitaswap ls` lists those in the package")
         return Model(_base_name(text), text, None)
+    if not tail:
+        raise MitaswapError(f"{text!r} names no model: expected NAME=MODEL, or MODEL alone")
     name = Spec.parse(head).name
     if name in MECHANISMS:
         mechanism(head)  # its options are right
         return Model(head, tail, head)
-    if difflib.get_close_matches(name, MECHANISMS.names(), n=1, cutoff=0.75):
+    if difflib.get_close_matches(name.casefold(), MECHANISMS.names(), n=1, cutoff=0.75):
         raise unknown(
             "mechanism", name, MECHANISMS.names(), "Other names of models must not look like one."
         )

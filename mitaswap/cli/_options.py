@@ -6,6 +6,9 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from mitaswap.errors import MitaswapError
+from mitaswap.spec import split_top_level
+
 Model = Annotated[
     str,
     typer.Argument(
@@ -16,9 +19,7 @@ Model = Annotated[
 ]
 Arch = Annotated[
     Optional[str],
-    typer.Option(
-        help="Architecture of a bare weights file, for instance timm:deit_tiny_patch16_224."
-    ),
+    typer.Option(help="Architecture of a bare weights file, in any other form of MODEL."),
 ]
 Pretrained = Annotated[
     bool,
@@ -35,6 +36,18 @@ Layers = Annotated[
 Device = Annotated[
     str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes the GPU if there is one.")
 ]
+
+
+def items(option: str, text: str | None) -> list[str]:
+    """The items of a comma list, none where the option was not given.
+
+    Raises:
+        MitaswapError: it was given, but names nothing.
+    """
+    found = split_top_level(text or "")
+    if text is not None and not found:
+        raise MitaswapError(f"{option} {text!r} names nothing; leave it out, or give names")
+    return found
 
 
 def model_options(arch: str | None, pretrained: bool, remote_code: bool) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The progress bar: images per second and time left, on standard error."""
+"""The progress bar: images per second and time left, on standard error, in 80 columns."""
 
 from __future__ import annotations
 
@@ -15,9 +15,31 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 from rich.text import Text
 
 from mitaswap.cli._app import err
+
+
+def progress(*middle: ProgressColumn) -> Progress:
+    """A bar with words in the middle and times at the end. Where there is no room for all of it the
+    bar is shorter, never a time.
+    """
+
+    def whole(width: int | None = None) -> Column:
+        return Column(no_wrap=True, min_width=width)
+
+    return Progress(
+        TextColumn("{task.description}", markup=False, table_column=whole()),
+        BarColumn(bar_width=None, table_column=Column(max_width=24)),
+        *middle,
+        TimeElapsedColumn(table_column=whole(7)),
+        TextColumn("left", table_column=whole()),
+        TimeRemainingColumn(table_column=whole(7)),
+        console=err,
+        transient=True,
+        disable=not err.is_terminal,
+    )
 
 
 class _Rate(ProgressColumn):
@@ -31,17 +53,9 @@ class Bar:
     """Progress over images; decoding first, then the cells."""
 
     def __init__(self) -> None:
-        self._progress = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            _Rate(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=err,
-            transient=True,
-            disable=not err.is_terminal,
+        self._progress = progress(
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            _Rate(table_column=Column(no_wrap=True)),
         )
         self._decode: TaskID | None = None
         self._cells: TaskID | None = None

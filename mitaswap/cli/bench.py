@@ -46,14 +46,19 @@ def bench(
         ),
     ] = None,
     prefix: Annotated[
-        int, typer.Option(min=0, help="Core: class and register tokens in front of each grid.")
+        int,
+        typer.Option(
+            min=0, metavar="N", help="Core: class and register tokens in front of each grid."
+        ),
     ] = 0,
     heads: Annotated[Optional[str], typer.Option(help="Core: numbers of heads (6).")] = None,
     head_dim: Annotated[Optional[str], typer.Option(help="Core: widths of a head (64).")] = None,
     total_tokens: Annotated[
         Optional[int],
         typer.Option(
-            min=1, help="Core: instead of -b, as many images as have so many tokens together."
+            min=1,
+            metavar="N",
+            help="Core: instead of -b, as many images as have so many tokens together.",
         ),
     ] = None,
     img_size: Annotated[
@@ -84,10 +89,11 @@ def bench(
         ),
     ] = False,
     seconds: Annotated[
-        float, typer.Option(min=0.0, help="Time per mechanism and point; at least 5 rounds.")
+        float,
+        typer.Option(min=0, metavar="S", help="Time per mechanism and point; at least 5 rounds."),
     ] = 2.0,
     num_warm_iter: Annotated[
-        int, typer.Option(min=1, help="Rounds before those that count, at most.")
+        int, typer.Option(min=1, metavar="N", help="Rounds before those that count, at most.")
     ] = 10,
     device: opt.Device = "auto",
     seed: Annotated[int, typer.Option(help="Seed of inputs and random weights.")] = 0,
@@ -119,7 +125,7 @@ def bench(
     from mitaswap.studies.bench import BenchPlan
 
     plan = BenchPlan(
-        run=tuple(Spec.parse(part) for part in split_top_level(run)),
+        run=tuple(Spec.parse(part) for part in opt.items("--run", run)),
         model=model,
         layouts=() if model else tuple(_layout(t, prefix) for t in _items(tokens or TOKENS)),
         sizes=tuple(_size(text) for text in _items(img_size)) if img_size else (None,),

@@ -31,7 +31,7 @@ def convert(
 
     Example: `mitaswap convert embedded:standard --to "mita(m=9,k=9)" -o converted`
     """
-    from mitaswap.checkpoint import check_target, open_network, save
+    from mitaswap.checkpoint import check_same_weights, check_target, open_network, save
     from mitaswap.spec import Recipe
     from mitaswap.surgery import convert as convert_model
     from mitaswap.surgery import revert, swapped_sites
@@ -45,12 +45,12 @@ def convert(
     network = open_network(model, **opt.model_options(arch, pretrained, trust_remote_code))
     if swapped_sites(network.module):
         revert(network.module)
+    check_same_weights(output, network)
     convert_model(network.module, rules, example=network.example(2))
     save(network, output)
     done = swapped_sites(network.module)
-    out.print(
-        f"{len(done)} sites swapped to {rules}; written to {output}", markup=False, highlight=False
-    )
-    out.print(
-        f'mitaswap.load("{output}") gives the swapped model back.', markup=False, highlight=False
-    )
+    for line in (
+        f"{len(done)} sites swapped to {rules}; written to {output}",
+        f'mitaswap.load("{output}") gives the swapped model back.',
+    ):
+        out.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -43,7 +43,8 @@ def evaluate(
         Optional[str], typer.Option(help="Split of the data set; default: test or validation.")
     ] = None,
     limit: Annotated[
-        Optional[int], typer.Option(min=1, help="Use only so many images, evenly spaced.")
+        Optional[int],
+        typer.Option(min=1, metavar="N", help="Use only so many images, evenly spaced."),
     ] = None,
     run: Annotated[
         Optional[str],
@@ -56,7 +57,9 @@ def evaluate(
     grid: Annotated[
         Optional[list[str]],
         typer.Option(
-            help="Sweep: 'K,N' (defaults), 'K=9,16,25' or any option 's=1,2'; repeat for more axes."
+            metavar="AXES",
+            help="Sweep: 'K,N' (defaults), 'K=9,16,25' or any option 's=1,2'; repeat for more "
+            "axes.",
         ),
     ] = None,
     stats: Annotated[
@@ -64,12 +67,13 @@ def evaluate(
     ] = None,
     layers: opt.Layers = "*",
     batch_size: Annotated[
-        int, typer.Option("-b", "--batch-size", min=1, help="Images per forward.")
+        int, typer.Option("-b", "--batch-size", min=1, metavar="N", help="Images per forward.")
     ] = 64,
     device: opt.Device = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64.")] = "float32",
     workers: Annotated[
-        int, typer.Option("-j", "--workers", min=0, help="Processes that decode images.")
+        int,
+        typer.Option("-j", "--workers", min=0, metavar="N", help="Processes that decode images."),
     ] = 0,
     seed: Annotated[int, typer.Option(help="Seed of generated data sets and random weights.")] = 0,
     arch: opt.Arch = None,
@@ -90,9 +94,9 @@ def evaluate(
         models={model.label: model.name for model in named},
         trained={model.label: model.trained for model in named if model.trained},
         settings=Settings(data, split, limit, batch_size, device, dtype, workers, seed),
-        run=tuple(Spec.parse(part) for part in split_top_level(run or "")),
+        run=tuple(Spec.parse(part) for part in opt.items("--run", run)),
         grid=_axes(grid or []),
-        stats=tuple(split_top_level(stats or "")),
+        stats=tuple(opt.items("--stats", stats)),
         layers=layers,
         model_options=opt.model_options(arch, pretrained, trust_remote_code),
     )
@@ -102,6 +106,7 @@ def evaluate(
         asked = {**plan.to_dict(), **bench.contents()}
         origin = provenance(str(plan.settings.torch_device), dtype, seed)
         with open_run(output, asked, origin) as rows:
+            bench.recall(rows.rows)
             left = [cell for cell in cells if cell.key not in rows.done]
             if len(left) < len(cells):
                 err.print(

@@ -11,12 +11,14 @@ import typer
 
 from mitaswap.cli._app import app, out
 from mitaswap.cli._tables import show
+from mitaswap.errors import MitaswapError
 from mitaswap.spec import Spec
 
 if TYPE_CHECKING:
     from mitaswap.mechanisms import Mechanism
 
 _USUAL = "for 3 heads of 64 at 1 + 14x14 tokens"
+_SMALL = "for 6 heads of 64 at 1 + 14x14 tokens (a layer of DeiT-S at 224)"
 
 
 @app.command()
@@ -112,6 +114,8 @@ def _one(name: str) -> None:
     from mitaswap.mechanisms import MECHANISMS, WRAPPERS, Wrapper, learned_numbers, mechanism
 
     spec = Spec.parse(name.strip().removeprefix("+"))
+    if name.strip().startswith("+"):
+        WRAPPERS.get(spec.name)  # an unknown one is looked for among the wrappers
     alone = spec.name in WRAPPERS and spec.name not in MECHANISMS
     if alone:  # around the mechanism that any wrapper suits, to have its options checked
         own = Spec(spec.name, spec.options)
@@ -123,7 +127,7 @@ def _one(name: str) -> None:
         parts.insert(0, parts[0].inner)
     if len(parts) > 1 and not alone:
         out.print(f"{part.spec}, from the inside out", style="bold", markup=False)
-        show("", {"about": "text", "": "text"}, _reading(part, learned))
+        show("", {"about": "text", "": "text"}, [*_reading(part, learned), *_cost(part)])
         out.print()
     for each in parts[1:] if alone else parts:
         _part(each)
@@ -148,7 +152,7 @@ def _part(part: Mechanism) -> None:
     else:
         limits = "\n".join(f"{spec} is {limit}" for spec, limit in cls.limits) or "none"
         card = [(f.name.replace("_", " "), getattr(cls.card, f.name)) for f in fields(cls.card)]
-        about = [*card, *about, ("limits", limits), *_reading(part, own)]
+        about = [*card, *about, ("limits", limits), *_reading(part, own), *_cost(part)]
     out.print(f"+{cls.name}" if inner else cls.name, style="bold", markup=False)
     out.print(_flowing(cls.__doc__ or ""), markup=False, highlight=False)
     show("", {"about": "text", "": "text"}, about)
@@ -162,6 +166,22 @@ def _part(part: Mechanism) -> None:
                 for e in fields(cls.options_type)
             ],
         )
+
+
+def _cost(part: Mechanism) -> list[tuple[str, str]]:
+    """What one attention core costs in DeiT-S at 224; nothing where it does not tell or fit."""
+    from mitaswap.mechanisms import SiteShape, mechanism
+    from mitaswap.tokens import TokenLayout
+
+    site = SiteShape(6, 64, TokenLayout(1, (14, 14)))
+    try:
+        cost = mechanism(part.spec).cost(site)
+    except (MitaswapError, NotImplementedError):
+        return []
+    more = f"; empty slots of the reference: {cost.padding / 1e6:.1f} more" if cost.padding else ""
+    flops = f"{cost.flops / 1e6:.1f} MFLOPs (a multiply-add is two{more})"
+    moved = f"{cost.bytes() / 1e6:.2f} MB moved in half precision"
+    return [("one image", f"{flops}, {moved}, {_SMALL}")]
 
 
 def _reading(part: Mechanism, learned: int) -> list[tuple[str, str]]:

@@ -27,4 +27,4 @@ def report(
     from mitaswap.report import write_report
 
     page = write_report(runs, output or runs[0] / "report")
-    out.print(f"report: {page}", markup=False, highlight=False)
+    out.print(f"report: {page}", markup=False, highlight=False, soft_wrap=True)

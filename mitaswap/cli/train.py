@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import TextColumn
+from rich.table import Column
 
 from mitaswap.cli import _options as opt
 from mitaswap.cli._app import Stopped, app, err, out
+from mitaswap.cli._progress import progress as columns
 from mitaswap.errors import MitaswapError
 
 if TYPE_CHECKING:
@@ -51,7 +53,10 @@ def _fit(
     batch_size: Annotated[int, typer.Option("-b", "--batch-size", help="Images per update.")] = 256,
     lr: Annotated[float, typer.Option(help="Peak learning rate, absolute.")] = 1e-3,
     min_lr: Annotated[float, typer.Option(help="Learning rate at the end of the cosine.")] = 1e-5,
-    warmup_epochs: Annotated[float, typer.Option(help="Epochs of linear warm-up.")] = 2,
+    warmup_epochs: Annotated[
+        Optional[float],
+        typer.Option(help="Epochs of linear warm-up; default: 2, or half of fewer than 4 epochs."),
+    ] = None,
     weight_decay: Annotated[float, typer.Option(help="Decoupled weight decay.")] = 0.05,
     opt_name: Annotated[str, typer.Option("--opt", help="A timm optimizer.")] = "adamw",
     sched: Annotated[str, typer.Option(help="cosine or constant.")] = "cosine",
@@ -104,6 +109,8 @@ def _fit(
 
     if to is None and layers != "*":
         raise MitaswapError("--layers goes with --to MECHANISM")
+    if warmup_epochs is None:
+        warmup_epochs = min(2.0, epochs / 2)
     config = TrainConfig(
         epochs=epochs, batch_size=batch_size, lr=lr, min_lr=min_lr, warmup_epochs=warmup_epochs,
         weight_decay=weight_decay, opt=opt_name, sched=sched, clip_grad=clip_grad or None,
@@ -125,23 +132,18 @@ def _fit(
     recipe = recipe_of(network.module)
     trained_by = training_with(network)
 
-    bar = Progress(
-        TextColumn("{task.description}"), BarColumn(24), TextColumn("{task.fields[stats]}"),
-        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=err, transient=True,
-        disable=not err.is_terminal,
-    )  # fmt: skip
+    bar = columns(TextColumn("{task.fields[stats]}", table_column=Column(no_wrap=True)))
     with bar:
         task = bar.add_task("training", total=epochs, stats="")
+        last: dict[str, float] = {}  # what the bar shows; a validation until the next one
 
         def progress(epoch: int, step: int, steps: int, stats: Mapping[str, float]) -> None:
-            shown = "  ".join(
-                f"{k} {v:.4g}" for k, v in stats.items() if k in ("train_loss", "top1", "lr")
-            )
-            bar.update(
-                task, completed=epoch - 1 + step / steps, stats=f"epoch {epoch}/{epochs}  {shown}"
-            )
+            last.update(stats)
+            at = f"epoch {epoch}/{epochs}"
+            bar.update(task, completed=epoch - 1 + step / steps, stats=f"{at} {_short(last)}")
             if "top1" in stats and not err.is_terminal:
-                err.print(f"epoch {epoch}/{epochs}  {shown}", highlight=False)
+                shown = [f"{k} {stats[k]:.4g}" for k in ("lr", "train_loss", "top1") if k in stats]
+                err.print("  ".join([at, *shown]), highlight=False)
 
         def write(network: Network, directory: Path, summary: dict[str, Any]) -> None:
             save(network, directory, trained_by=trained_by, into_existing=True)
@@ -157,11 +159,23 @@ def _fit(
             ) from None
     top1 = summary["top1"]
     out.print(
-        f"top-1 {top1:.2f}% on {val_set.name} ({val_set.split}) after {epochs} epochs, "
+        f"top-1 {top1:.2f}% on {val_set.name} ({val_set.split}) after "
+        f"{epochs} epoch{'s' * (epochs > 1)}, "
         f"trained with {trained_by}; written to {output}",
         markup=False,
         highlight=False,
+        soft_wrap=True,
     )
+
+
+def _short(stats: Mapping[str, float]) -> str:
+    """The statistics of a bar, in a terminal of 80 columns."""
+    shown = (
+        ("train_loss", "loss {:.3f}"),
+        ("top1", "top1 {:.1f}"),
+        ("images_per_s", "{:.0f} img/s"),
+    )
+    return " ".join(text.format(stats[name]) for name, text in shown if name in stats)
 
 
 def _asks_for_classes(model: str, arch: str | None) -> bool:

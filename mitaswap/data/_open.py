@@ -89,7 +89,11 @@ def _checked_options(source: type[ImageSet], options: dict[str, Any], spec: Spec
             and parameter.default is parameter.empty
             and key not in options
         ):
-            raise MitaswapError(f"{spec} needs the option {key}: {spec.name}({key}=...)")
+            here = f" or, for what lies here under that name, ./{spec.name}"
+            raise MitaswapError(
+                f"{spec} needs the option {key}: {spec.name}({key}=...)"
+                f"{here if os.path.exists(spec.name) else ''}"
+            )
     return options
 
 

@@ -14,13 +14,20 @@ from mitaswap.data._layout import holds_parquet, pick, split_directories, split_
 from mitaswap.errors import MitaswapError
 from mitaswap.spec import Value
 
+#: images that Pillow or torchvision may not read, or read as one of several frames
+_OTHER = (
+    *(".apng", ".avif", ".cr2", ".dds", ".dng", ".exr", ".gif", ".heic", ".heif", ".j2k", ".jfif"),
+    *(".jp2", ".jpe", ".jxl", ".nef", ".pbm", ".pnm", ".qoi", ".svg", ".tga"),
+)
+
 
 @SETS.register("folder")
 class Folder(ImageSet):
     """`ROOT/class/image.png` or `ROOT/split/class/image.png`.
 
     Classes are the names of the directories that hold the images, sorted as timm sorts them
-    (numbers by value).
+    (numbers by value). Files are those that torchvision's ImageFolder takes (png, jpeg, webp, bmp,
+    tiff, ppm, pgm); an image of another kind is an error, other files are passed over.
 
     Args:
         split: a sub-directory of `root`, or a synonym of one; None takes the held-out one. A root
@@ -43,15 +50,20 @@ class Folder(ImageSet):
             own = split_of(Path(self.root.name))
             taken = pick(split or own, [own] if own else [], repr(root))
         from timm.data import create_dataset
+        from torchvision.datasets.folder import IMG_EXTENSIONS
 
+        self._refuse_others(IMG_EXTENSIONS)
         try:
-            # timm takes the path of a class map as well as the mapping that it declares
-            options: dict[str, Any] = {"class_map": class_map} if class_map else {}
+            # timm's name for the extensions; by itself it drops all but .png, .jpg and .jpeg
+            options: dict[str, Any] = {"input_key": ";".join(IMG_EXTENSIONS)}
+            if class_map:  # timm takes a path as well as the mapping that it declares
+                options["class_map"] = class_map
             reader = create_dataset("", root=str(self.root), search_split=False, **options).reader
         except (RuntimeError, AssertionError, OSError, ValueError) as error:
+            reason = str(error).partition(". Supported image extensions")[0]  # not those of here
             raise MitaswapError(
-                f"{str(self.root)!r} is no directory of class folders: {error}. Expected "
-                "CLASS/IMAGE files (png, jpeg, ...) in it, or parquet shards."
+                f"{str(self.root)!r} is no directory of class folders: {reason}. Expected "
+                f"CLASS/IMAGE files ({' '.join(IMG_EXTENSIONS)}) in it, or parquet shards."
             ) from None
         self._files: list[tuple[str, int]] = reader.samples
         names = sorted(reader.class_to_idx, key=reader.class_to_idx.__getitem__)
@@ -62,6 +74,19 @@ class Folder(ImageSet):
                 "class. Move it into one."
             )
         super().__init__(taken, len(self._files), len(names), names)
+
+    def _refuse_others(self, read: tuple[str, ...]) -> None:
+        """An image that would be dropped is an error; hidden files are none of the data set."""
+        for folder, _, names in os.walk(self.root, followlinks=True):
+            if Path(folder) == self.root:
+                continue
+            odd = sorted(n for n in names if n.lower().endswith(_OTHER) and n[0] != ".")
+            if odd:
+                raise MitaswapError(
+                    f"{os.path.join(folder, odd[0])!r} is an image of a kind that class folders "
+                    f"are not read with ({' '.join(read)}), so it would be left out. Convert it, "
+                    "or move it out of the class folders."
+                )
 
     @classmethod
     def claims(cls, name: str) -> dict[str, Value] | None:

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
 
 from mitaswap.figures._base import Panel, Theme, wrap
+from mitaswap.figures._titles import entitle
 
 _MARKERS = "osD^vPX*"
 _DASHES = ("-", "-.", ":")
@@ -39,8 +40,8 @@ def curves(
     _ticks(ax, rows, x, theme)
     ax.set_xlabel(across)
     ax.set_ylabel(up)
-    ax.set_title(wrap(panel.heading, 78))
     figure.legend(loc="outside lower left", ncols=2, handlelength=3.2)
+    entitle(figure, ax, panel.heading)
     return figure
 
 

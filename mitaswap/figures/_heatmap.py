@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import seaborn as sns
@@ -15,6 +18,7 @@ from matplotlib.patches import Rectangle
 from mitaswap.figures._base import Theme
 
 COLOURS = "cividis"  # perceptually uniform, and the same for colour-blind readers
+_CASING = 1.2  # points of white, on both sides together
 
 
 def heatmap(figure: Figure, ax: Axes, values: pd.DataFrame, theme: Theme, unit: str | None) -> None:
@@ -77,39 +81,52 @@ def unmeasured(theme: Theme, corner: tuple[float, float], width: float, height: 
     )
 
 
-def outline(
-    ax: Axes,
-    cells: np.ndarray,
-    label: str,
-    *,
-    inset: tuple[float, float],
-    width: float,
-    colour: str = "black",
-    dashed: bool = False,
-) -> Line2D | None:
-    """Frame a set of cells along its border; a white casing keeps the line visible on every colour.
+@dataclass(frozen=True)
+class Outline:
+    """A frame along the border of a set of cells, inside it; a white casing keeps the line visible
+    on every colour.
 
     Args:
         cells: boolean, rows by columns of the map.
         label: legend entry.
-        inset: (x, y) distance from the border inwards, in cells, so that nested frames stay apart.
         width: of the line, in points.
-
-    Returns:
-        The legend's handle, or None when the set is empty.
     """
-    segments = border(cells, inset)
-    if not segments:
-        return None
-    dashes = (0, (3.0, 1.8)) if dashed else "solid"
-    # The casing is solid below a dashed line, too: only then does it part the line from the map.
-    casing = LineCollection(segments, colors="white", linewidths=width + 1.8, capstyle="projecting")
-    line = LineCollection(segments, colors=colour, linewidths=width, linestyles=[dashes])
-    line.set_capstyle("butt" if dashed else "projecting")
-    ax.add_collection(casing, autolim=False)
-    ax.add_collection(line, autolim=False)
-    stroke = [patheffects.withStroke(linewidth=width + 1.8, foreground="white")]
-    return Line2D([], [], color=colour, lw=width, ls=dashes, label=label, path_effects=stroke)
+
+    cells: np.ndarray
+    label: str
+    width: float
+    colour: str = "black"
+    dashed: bool = False
+
+    @property
+    def breadth(self) -> float:
+        """Of line and casing together, in points."""
+        return self.width + _CASING
+
+    @property
+    def _dashes(self) -> Any:
+        return (0, (3.0, 1.8)) if self.dashed else "solid"
+
+    def draw(self, ax: Axes, inset: tuple[float, float]) -> None:
+        """Add it to a map, its middle `inset` (x, y) inside the border, in cells."""
+        segments = border(self.cells, inset)
+        # The casing is solid below a dashed line, too: only then does it part it from the map.
+        casing = LineCollection(segments, colors="white", linewidths=self.breadth)
+        casing.set_capstyle("projecting")
+        line = LineCollection(
+            segments, colors=self.colour, linewidths=self.width, linestyles=[self._dashes]
+        )
+        line.set_capstyle("butt" if self.dashed else "projecting")
+        ax.add_collection(casing, autolim=False)
+        ax.add_collection(line, autolim=False)
+
+    def key(self) -> Line2D:
+        """The legend's handle."""
+        stroke = [patheffects.withStroke(linewidth=self.breadth, foreground="white")]
+        return Line2D(
+            [], [], color=self.colour, lw=self.width, ls=self._dashes, label=self.label,
+            path_effects=stroke,
+        )  # fmt: skip
 
 
 def border(cells: np.ndarray, inset: tuple[float, float] = (0.0, 0.0)) -> list[np.ndarray]:

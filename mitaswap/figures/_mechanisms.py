@@ -64,7 +64,8 @@ def comparisons(table: pd.DataFrame) -> Iterator[Comparison]:
 
 def _ranked(rows: pd.DataFrame, own: float | None) -> pd.DataFrame:
     rows = rows.sort_values("top1", ascending=False, kind="stable").reset_index(drop=True)
-    numbers = ["top1", "top1_low", "top1_high", "retained", "gmacs", "attn_gmacs", "param_count"]
+    numbers = ["top1", "top1_low", "top1_high", "retained", "param_count"]
+    numbers += ["gmacs", "attn_gmacs", "gmacs_executed", "attn_mbytes"]
     rows[numbers] = rows[numbers].astype(float).replace([np.inf, -np.inf], np.nan)
     share = 100 / own if own else np.nan
     return rows.assign(

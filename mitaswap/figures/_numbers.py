@@ -26,7 +26,8 @@ _COLUMNS = (
     ),
     *("correct", "top1", "top1_low", "top1_high", "top5", "loss", "infer_samples_per_sec"),
     *("statistic", "layer", "path", "head", "value", "low", "high", "chance", "run"),
-    *("gmacs", "attn_gmacs", "param_count", "strategy", "untrained"),
+    *("gmacs", "attn_gmacs", "gmacs_executed", "attn_mbytes"),
+    *("param_count", "strategy", "untrained"),
 )
 SETTING = ["data", "split", "images", "layers"]
 

@@ -14,6 +14,7 @@ from matplotlib.lines import Line2D
 from mitaswap.figures._base import Theme, wrap
 from mitaswap.figures._labels import leads, spread
 from mitaswap.figures._mechanisms import keys, look, marker
+from mitaswap.figures._titles import fit
 
 _WIDTH, _PLOT, _LEFT, _GAP = 7.4, 4.1, 0.62, 0.2  # inches: figure, axes, left margin, before list
 _LINE = 0.125  # inches: one line of the list
@@ -40,7 +41,7 @@ def scatter(points: Points, heading: str, theme: Theme) -> Figure:
     rows = points.rows
     specs = [wrap(spec, 31) for spec in rows["run_with"]]
     entries = sum(spec.count("\n") + 1.25 for spec in specs) * _LINE
-    title = wrap(heading, 95)
+    title = fit(heading, _WIDTH - 0.1, 10)
     top = 0.18 * (title.count("\n") + 1) + (0.1 if points.body is None else 0.55)
     handles = keys(rows, theme, "own mechanism, 100%")
     handles.append(Line2D([], [], color=theme.ink, lw=1.0, label="Pareto front (bold)"))

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from mitaswap.figures._base import FIGURES, Chart, Panel, Theme, stem, wrap
 from mitaswap.figures._mechanisms import many
 from mitaswap.figures._numbers import latest, own, rows_of, settings
+from mitaswap.figures._titles import entitle
 
 
 @FIGURES.register("accuracy")
@@ -95,6 +96,6 @@ class Accuracy(Chart):
         ax.set_axisbelow(True)
         ax.spines[["top", "right", "left"]].set_visible(False)
         ax.set_xlabel("Top-1 accuracy (%)")
-        ax.set_title(wrap(panel.heading, 85))
         figure.legend(loc="outside lower left", ncols=2)
+        entitle(figure, ax, panel.heading)
         return figure

@@ -9,8 +9,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from mitaswap.figures._base import FIGURES, Chart, Panel, Theme, stem, wrap
-from mitaswap.figures._heatmap import heatmap, outline, unmeasured
+from mitaswap.figures._heatmap import Outline, heatmap, unmeasured
 from mitaswap.figures._sweeps import NEAR, Sweep, sweeps
+from mitaswap.figures._titles import entitle
 
 _MEANING = {"N": "number of experts", "K": "keys per expert"}
 
@@ -56,44 +57,35 @@ class Grid(Chart):
     def paint(self, panel: Panel, theme: Theme) -> Figure:
         sweep: Sweep = panel.content
         rows, columns = sweep.values.shape
-        size = (max(0.52 * columns + 1.9, 5.0), 0.4 * rows + 2.2)
+        size = (max(0.6 * columns + 1.9, 5.0), 0.4 * rows + 2.2)
         figure = Figure(figsize=size, layout="constrained")
         ax = figure.subplots()
         heatmap(figure, ax, sweep.values, theme, "top-1 (%)")
         ax.set_xlabel(_label(sweep.x))
         ax.set_ylabel(_label(sweep.y) if sweep.y else "")
         ax.tick_params(axis="both", rotation=0)
-        ax.set_title(wrap(panel.heading, int(13 * size[0])))
-        keys = _frames(ax, sweep, theme)
+        frames, keys = _frames(sweep)
         if sweep.values.isna().any(axis=None):
             keys.append(unmeasured(theme, (0, 0), 1, 1))
         figure.legend(handles=keys, loc="outside lower left", ncols=1 if columns < 9 else 2)
+        entitle(figure, ax, panel.heading)
+        _nest(ax, frames)
         return figure
 
 
-def _frames(ax: Axes, sweep: Sweep, theme: Theme) -> list[Artist]:
-    """Draw what applies of training cell and regions; returns the legend."""
+def _frames(sweep: Sweep) -> tuple[list[Outline], list[Artist]]:
+    """What applies of regions and training cell, each inside those before it; and the legend."""
     if sweep.baseline is None:
         text = "no frames: the model's own mechanism was not measured"
-        return [Line2D([], [], lw=0, label=text)]
+        return [], [Line2D([], [], lw=0, label=text)]
     base = f"{sweep.baseline:.1f}%"
     near = f"at or above 99% of it, {NEAR * sweep.baseline:.1f}%"
-    keys = [
-        outline(
-            ax, sweep.at_least(NEAR).to_numpy(), near, inset=(0.03, 0.03), width=1.3, dashed=True
-        ),
-        outline(
-            ax,
-            sweep.at_least(1.0).to_numpy(),
-            f"at or above the baseline, {base}",
-            inset=(0.1, 0.1),
-            width=1.3,
-        ),
+    above = f"at or above the baseline, {base}"
+    frames = [
+        Outline(sweep.at_least(NEAR).to_numpy(), near, 1.2, dashed=True),
+        Outline(sweep.at_least(1.0).to_numpy(), above, 1.2),
     ]
-    if sweep.training is None:
-        text = f"baseline: {base}, run with {sweep.trained_with} as in training"
-        keys.append(Line2D([], [], lw=0, label=wrap(text, 60)))
-    else:
+    if sweep.training is not None:
         cell = sweep.values.copy().astype(object)
         cell[:] = False
         cell.loc[sweep.training] = True
@@ -102,18 +94,30 @@ def _frames(ax: Axes, sweep: Sweep, theme: Theme) -> list[Artist]:
             for axis, at in zip((sweep.y, sweep.x), sweep.training, strict=True)
             if axis
         )
-        keys.append(
-            outline(
-                ax,
-                cell.to_numpy(dtype=bool),
-                f"trained here, the baseline: {where}",
-                inset=(0.07, 0.07),
-                width=2.6,
-                colour="#d55e00",
-            )
-        )
-    # Outermost first when drawn, but the legend reads from the cell to the regions around it.
-    return [key for key in reversed(keys) if key is not None]
+        here = f"trained here, the baseline: {where}"
+        frames.append(Outline(cell.to_numpy(dtype=bool), here, 2.2, colour="#d55e00"))
+    frames = [frame for frame in frames if frame.cells.any()]
+    # The legend reads from the cell to the regions around it.
+    keys: list[Artist] = [frame.key() for frame in reversed(frames)]
+    if sweep.training is None:
+        text = f"baseline: {base}, run with {sweep.trained_with} as in training"
+        keys.insert(0, Line2D([], [], lw=0, label=wrap(text, 60)))
+    return frames, keys
+
+
+def _nest(ax: Axes, frames: list[Outline]) -> None:
+    """Draw outlines so that none covers another where they meet: side by side, by their width in
+    points, for which the layout must be settled.
+    """
+    box = ax.get_window_extent()
+    point = ax.figure.dpi / 72
+    (left, right), (low, high) = ax.get_xlim(), ax.get_ylim()
+    width, height = box.width / abs(right - left), box.height / abs(high - low)
+    depth = 0.5  # half of the line between two cells
+    for frame in frames:
+        middle = point * (depth + frame.breadth / 2)
+        frame.draw(ax, (middle / width, middle / height))
+        depth += frame.breadth + 0.2
 
 
 def _label(axis: tuple[str, str]) -> str:

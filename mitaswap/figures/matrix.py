@@ -9,8 +9,9 @@ from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 
 from mitaswap.figures._base import FIGURES, Chart, Panel, Theme, stem, wrap
-from mitaswap.figures._heatmap import heatmap, outline, unmeasured
+from mitaswap.figures._heatmap import Outline, heatmap, unmeasured
 from mitaswap.figures._numbers import latest, retained, rows_of, settings
+from mitaswap.figures._titles import fit
 
 _DOZEN = 12  # rows beyond which a matrix is drawn densely
 
@@ -107,19 +108,21 @@ class Matrix(Chart):
         figure = Figure(figsize=(size.width, size.height), layout="constrained")
         grid = (1, len(shown)) if size.beside else (len(shown), 1)
         axes = figure.subplots(*grid, squeeze=False, sharey=size.dense and size.beside).ravel()
-        figure.suptitle(wrap(cells.setting, 90), size=9, x=0.01, ha="left")
+        title = fit(cells.setting, 0.99 * size.width, 9)
+        figure.suptitle(title, size=9, x=0.01, ha="left")
         for ax, (values, title, unit) in zip(axes, shown, strict=True):
             ax.set_title(title)
             heatmap(figure, ax, values, theme, None if size.dense else unit)
             inset = (0.03 * size.row / size.cell, 0.03)
-            frame = outline(ax, cells.own.to_numpy(), "own mechanism", inset=inset, width=1.4)
+            frame = Outline(cells.own.to_numpy(), "own mechanism", width=1.4)
+            frame.draw(ax, inset)
             ax.set_xlabel("Trained with")
             ax.set_ylabel("Run with" if ax is axes[0] or not size.beside else "")
             ax.tick_params(axis="both", rotation=0)
             if size.dense:
                 ax.tick_params(axis="y", labelsize=8)
                 ax.tick_params(axis="x", labelsize=7)
-        keys: list[Artist] = [] if frame is None else [frame]
+        keys: list[Artist] = [frame.key()] if frame.cells.any() else []
         if cells.retained.isna().any(axis=None):
             keys.append(unmeasured(theme, (0, 0), 1, 1))
         if keys:

@@ -6,8 +6,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from mitaswap.figures._base import FIGURES, Chart, Panel, Theme, stem, wrap
+from mitaswap.figures._base import FIGURES, Chart, Panel, Theme, stem
 from mitaswap.figures._numbers import rows_of, settings
+from mitaswap.figures._titles import entitle
 
 
 @FIGURES.register("overlap")
@@ -65,8 +66,8 @@ class Overlap(Chart):
         ax.spines[["top", "right"]].set_visible(False)
         ax.set_xlabel("Layer (1 = first)")
         ax.set_ylabel("Overlap (IoU, 0 to 1)")
-        ax.set_title(wrap(panel.heading, int(13 * figure.get_figwidth())))
         figure.legend(loc="outside lower left", ncols=3)
+        entitle(figure, ax, panel.heading)
         return figure
 
 

@@ -28,8 +28,10 @@ class Pareto(Chart):
         "whole network.) The Pareto front (line, bold) holds what no other mechanism beats in cost "
         "or accuracy without losing in the other. Thin bars are 95% intervals of the accuracy, "
         "that of the own mechanism taken as exact. Hollow markers need finetuning: they say what "
-        "the swap alone does. Numbers are ranks by accuracy. Multiply-adds come from formulas and "
-        "say nothing about time on a device."
+        "the swap alone does. Numbers are ranks by accuracy. Multiply-adds come from formulas: "
+        "empty slots and masked pairs, on which the PyTorch reference spends more, are not counted "
+        "(the table below and the column gmacs_executed have them). Formulas say nothing about "
+        "time on a device."
     )
     rank = 14
 
@@ -42,7 +44,7 @@ class Pareto(Chart):
             name = stem("pareto", found.model, found.name)
             data, unit = _table(points), points.unit
             titles = [str(title) for title in data]
-            decimals = {title: 3 for title in titles if title.endswith(f"({unit})")}
+            decimals = {title: 3 for title in titles if title.endswith((f"({unit})", "(MB)"))}
             alt = _alt(found, points)
             panels.append(Panel(name, found.heading, alt, data, decimals, content=points))
         return panels
@@ -71,6 +73,7 @@ def _points(found: Comparison) -> Points:
     rows = rows.assign(
         x=scale * x,
         total=scale * rows["gmacs"],
+        executed=scale * rows["gmacs_executed"],
         front=front(x.to_numpy(), rows["retained"].to_numpy()),
     )
     return Points(rows, scale * float(body.median()) if alone else None, unit)
@@ -79,6 +82,11 @@ def _points(found: Comparison) -> Points:
 def _table(points: Points) -> pd.DataFrame:
     rows, unit = points.rows, points.unit
     cores = {} if points.body is None else {f"Attention cores ({unit})": rows["x"]}
+    known = {
+        f"Executed, with empty slots ({unit})": rows["executed"],
+        "Moved by attention (MB)": rows["attn_mbytes"],
+    }
+    known = {title: column for title, column in known.items() if column.notna().any()}
     return pd.DataFrame(
         {
             "Rank": rows["place"],
@@ -86,6 +94,7 @@ def _table(points: Points) -> pd.DataFrame:
             "Strategy": rows["strategy"],
             **cores,
             f"Whole network ({unit})": rows["total"],
+            **known,
             "Parameters (M)": rows["param_count"],
             "Retained (%)": rows["retained"],
             "95% from": rows["kept_low"],

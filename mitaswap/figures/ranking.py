@@ -17,6 +17,7 @@ from mitaswap.figures._mechanisms import (
     marker,
     needs_finetuning,
 )
+from mitaswap.figures._titles import fit
 
 
 @FIGURES.register("ranking")
@@ -91,7 +92,8 @@ class Ranking(Chart):
         ax.set_axisbelow(True)
         ax.spines[["top", "right", "left"]].set_visible(False)
         ax.set_xlabel("Top-1 accuracy (%)")
-        figure.suptitle(wrap(panel.heading, 85), size=10, x=0.01, ha="left")
+        title = fit(panel.heading, 0.99 * figure.get_figwidth(), 10)
+        figure.suptitle(title, size=10, x=0.01, ha="left")
         _columns(ax, rows, middles)
         shown: list[Line2D] = []
         if found.own is not None:

@@ -5,6 +5,7 @@ Nothing here runs code from a file.
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,9 +57,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         state = load_state_dict(str(path), use_ema=False, weights_only=True)
     except Exception as error:
         # Whatever a broken file makes the reader do, the cause is the file.
-        raise MitaswapError(
-            f"cannot read the weights file {str(path)!r}: {brief(error)}"
-        ) from error
+        raise MitaswapError(f"cannot read the weights file {str(path)!r}: {_why(error)}") from error
     strange = [key for key, value in state.items() if not isinstance(value, Tensor)]
     if strange or not state:
         found = f"it also holds {_few(strange)}" if strange else "it holds none"
@@ -66,6 +65,27 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             f"the weights file {str(path)!r} must map parameter names to tensors; {found}"
         )
     return state
+
+
+def _why(error: Exception) -> str:
+    """What is wrong with a file and what to do; readers advise what this program does not do."""
+    blocked = re.search(r"Unsupported globals: (.*?)\. |GLOBAL (\S+)", str(error))
+    if blocked or "weights_only" in str(error):
+        what = f" ({next(filter(None, blocked.groups()))})" if blocked else ""
+        return (
+            f"besides tensors it holds objects{what} that only running code from the file would "
+            "make. Where you trust it, save its weights alone: torch.save(model.state_dict(), "
+            "FILE)."
+        )
+    if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+        return f"{error.strerror}."
+    # torch's zip reader looks for what was cut off: an invalid argument
+    reason = "" if isinstance(error, (OSError, KeyError, EOFError)) else f" ({_first(error)})"
+    return f"it is truncated, broken or no file of weights{reason}. Fetch it again."
+
+
+def _first(error: BaseException) -> str:
+    return re.split(r"\. |, expected", brief(error))[0].rstrip(".")
 
 
 def fits_badly(error: Exception) -> str | None:

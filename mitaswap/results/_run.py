@@ -8,6 +8,7 @@ import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,6 +30,7 @@ class Run:
         plan: what was asked, as stored.
         provenance: how its first session measured; later sessions stand under `sessions`.
         done: keys of the cells that are complete on disk.
+        rows: theirs, as they were when it was opened.
     """
 
     def __init__(
@@ -38,9 +40,11 @@ class Run:
         self.plan = run["plan"]
         self.provenance = run["provenance"]
         self.done: set[str] = stored.cells
+        self.rows = stored.rows
         self._descriptor = descriptor
         self._length = stored.length
         self._session: dict[str, Any] | None = None
+        self._made: list[Path] = []
 
     @classmethod
     def open(
@@ -56,16 +60,16 @@ class Run:
         """
         path = Path(directory)
         asked: dict[str, Any] = json.loads(json.dumps(plan, default=str))
+        made = [p for p in (path, *path.parents) if not os.path.exists(p)]
+        descriptor = -1
         try:
             path.mkdir(parents=True, exist_ok=True)
             _refuse_foreign(path)
             descriptor = os.open(path / ROWS, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        except OSError as error:
-            raise _unusable(path, error) from None
-        try:
             _lock(descriptor, path)
             fresh = not (path / PLAN).exists()
-            if fresh:
+            if fresh:  # so the files, too, are this process's own: it has the lock
+                made = [path / PLAN, path / ROWS, *made]
                 run = {"plan": asked, "provenance": {**provenance, "sessions": []}}
                 _write_json(path, run)
             else:
@@ -73,14 +77,16 @@ class Run:
                 _refuse_other_plan(path, run["plan"], asked)
             stored = read_rows(path / ROWS)
             os.ftruncate(descriptor, stored.length)
-        except OSError as error:
-            os.close(descriptor)
-            raise _unusable(path, error) from None
-        except BaseException:
-            os.close(descriptor)
+        except BaseException as error:
+            if descriptor >= 0:
+                os.close(descriptor)
+            _remove(made)
+            if isinstance(error, OSError):
+                raise _unusable(path, error) from None
             raise
         opened = cls(path, descriptor, run, stored)
         opened._session = None if fresh else dict(provenance)
+        opened._made = made
         return opened
 
     def append(self, cell: str, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -132,6 +138,11 @@ class Run:
         _write_json(self.directory, {"plan": self.plan, "provenance": noted})
         self.provenance, self._session = noted, None
 
+    def discard(self) -> None:
+        """Remove what opening it made, if no cell came of it: as if it had never been asked for."""
+        if not self.done:
+            _remove(self._made)
+
     def close(self) -> None:
         """Release the directory for other processes; closing twice is fine."""
         if self._descriptor >= 0:
@@ -148,6 +159,13 @@ class Run:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _remove(made: Sequence[Path]) -> None:
+    """Files, and then the directories that are empty without them."""
+    for path in made:
+        with suppress(OSError):
+            path.rmdir() if path.is_dir() else path.unlink()
 
 
 def _unusable(path: Path, error: OSError) -> MitaswapError:
@@ -170,6 +188,11 @@ def _refuse_foreign(path: Path) -> None:
 
 
 def _refuse_other_plan(path: Path, stored: dict[str, Any], asked: dict[str, Any]) -> None:
+    if _verb(stored) != _verb(asked):
+        raise MitaswapError(
+            f"{str(path)!r} was made by `mitaswap {_verb(stored)}`, and `mitaswap {_verb(asked)}` "
+            "writes other rows. Choose another directory with -o."
+        )
     lines = _differences(stored, asked)
     if lines:
         raise MitaswapError(
@@ -177,6 +200,10 @@ def _refuse_other_plan(path: Path, stored: dict[str, Any], asked: dict[str, Any]
             "not mixed. These fields differ:\n  " + "\n  ".join(lines) + "\n"
             "Choose another directory with -o, or repeat the command that made it to continue it."
         )
+
+
+def _verb(plan: Mapping[str, Any]) -> str:
+    return "bench" if "bench" in plan else "eval"
 
 
 def _differences(stored: Any, asked: Any, field: str = "") -> list[str]:

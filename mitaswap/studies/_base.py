@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias, Union
 from mitaswap.evaluation import Settings
 from mitaswap.registry import Registry
 from mitaswap.results import Row, Run
-from mitaswap.results._rows import PLAN, ROWS
 from mitaswap.spec import Recipe, Spec, Value
 
 if TYPE_CHECKING:
@@ -110,17 +109,11 @@ def open_run(
     directory: str | Path, plan: Mapping[str, Any], provenance: Mapping[str, Any]
 ) -> Iterator[Run]:
     """`Run.open`, closed at the end; a new run that ends before its first cell leaves no trace."""
-    path = Path(directory)
-    new = not path.exists()
-    with Run.open(path, plan, provenance) as run:
+    with Run.open(directory, plan, provenance) as run:
         try:
             yield run
         except BaseException:
-            if new and not run.done:
-                with suppress(OSError):
-                    for name in (PLAN, ROWS):
-                        (path / name).unlink(missing_ok=True)
-                    path.rmdir()
+            run.discard()
             raise
 
 

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mitaswap.mechanisms import Cost, Mechanism, SiteShape, mechanism
 from mitaswap.models import Network
+from mitaswap.results import Row
 from mitaswap.surgery import Site
 
 
@@ -46,3 +47,26 @@ def cores_cost(parts: Mapping[str, Mechanism], sites: Sequence[Site]) -> Cost:
         if site.swappable:
             total = total + parts.get(site.path, softmax).cost(shape_of(site))
     return total
+
+
+def cost_columns(body: int, cores: Cost | None, dtype: torch.dtype) -> Row:
+    """What one image costs, as columns of a row; nothing is known without the cores' cost.
+
+    `gmacs` and `attn_gmacs` are 10^9 multiply-adds, as timm and most papers count, of the whole
+    network and of the attention cores, by the formulas. `gmacs_executed` has what the PyTorch
+    reference spends besides, on empty slots and masked pairs: a counter of operations sees this
+    number. `attn_mbytes` are 10^6 bytes that the cores must move in numbers of `dtype`.
+    """
+    if cores is None:
+        return dict.fromkeys(("gmacs", "attn_gmacs", "gmacs_executed", "attn_mbytes"))
+    whole, itemsize = body + cores.flops, torch.finfo(dtype).bits // 8
+    return {
+        "gmacs": _short(whole / 2e9),
+        "attn_gmacs": _short(cores.flops / 2e9),
+        "gmacs_executed": _short((whole + cores.padding) / 2e9),
+        "attn_mbytes": _short(cores.bytes(itemsize) / 1e6),
+    }
+
+
+def _short(number: float) -> float:
+    return float(f"{number:.6g}")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from typing import Any
 
@@ -25,7 +25,7 @@ from mitaswap.models import Network
 from mitaswap.results import Row
 from mitaswap.spec import Recipe, Spec
 from mitaswap.studies._base import Plan, What
-from mitaswap.studies._cost import body_flops, cores_cost
+from mitaswap.studies._cost import body_flops, cores_cost, cost_columns
 from mitaswap.surgery import Handle, Site, ask, swap, swapped_sites, walk
 from mitaswap.tokens import TokenLayout
 
@@ -42,6 +42,7 @@ class Workbench:
         self._tried: set[tuple[str, tuple[str, ...]]] = set()
         self._asked: set[Any] = set()
         self._scores: dict[tuple[str, Recipe], Row] = {}
+        self._stored: dict[tuple[Any, ...], Row] = {}
         self._bodies: dict[str, int] = {}
         self._placed: str | None = None
         for label in plan.models:
@@ -130,20 +131,16 @@ class Workbench:
             swap(network.module, recipe, example=example, sites=sites, built=built).undo()
             self._tried.add(kind)
 
-    def _gmacs(self, label: str, parts: Mapping[str, Mechanism]) -> Row:
-        """10^9 multiply-adds per image, as timm and most papers count, of the whole network and of
-        the attention cores; nothing where a mechanism does not tell its cost, or runs where no grid
-        is known.
+    def _cost(self, label: str, parts: Mapping[str, Mechanism]) -> Row:
+        """`cost_columns`, without numbers where a mechanism does not tell its cost, or runs where
+        no grid is known.
         """
         known = {site.path for site in self._sites[label] if site.swappable}
-        try:
-            cores = cores_cost(parts, self._sites[label]).flops
-        except NotImplementedError:
-            known = set()
-        if not known.issuperset(parts):
-            return {"gmacs": None, "attn_gmacs": None}
-        whole = self._bodies[label] + cores
-        return {"gmacs": float(f"{whole / 2e9:.6g}"), "attn_gmacs": float(f"{cores / 2e9:.6g}")}
+        cores = None
+        if known.issuperset(parts):
+            with suppress(NotImplementedError):
+                cores = cores_cost(parts, self._sites[label])
+        return cost_columns(self._bodies[label], cores, self.settings.torch_dtype)
 
     @contextmanager
     def swapped(self, label: str, what: What) -> Iterator[tuple[Network, Handle]]:
@@ -172,20 +169,30 @@ class Workbench:
         """One row: the network with `what` in its attention, measured once for all studies."""
         key = (label, self._recipe(label, what))
         with_what = self.common(study, label, what)
+        stored = self._stored.get(_place(with_what))
+        if key not in self._scores and stored is not None:
+            self._scores[key] = {k: v for k, v in stored.items() if k not in with_what}
         if key not in self._scores:
             decoded = self.images.decoded(self.network(label))
             with self.swapped(label, what) as (network, _):
                 parameters = sum(p.numel() for p in network.module.parameters())
-                multiply_adds = self._gmacs(label, swapped_sites(network.module))
+                cost = self._cost(label, swapped_sites(network.module))
                 scores = measure(network, decoded, self.settings, on_images)
             self._scores[key] = {
                 "param_count": round(parameters / 1e6, 3),
-                **multiply_adds,
+                **cost,
                 **scores,
             }
         else:
             on_images(len(self.images.set))
         return {**with_what, **self._scores[key]}
+
+    def recall(self, rows: Iterable[Row]) -> None:
+        """Rows of the same run: what one study measured before, another does not measure again."""
+        for row in rows:
+            if "top1" in row:
+                own = {k: v for k, v in row.items() if not k.startswith(("cell", "axis_"))}
+                self._stored[_place(row)] = own
 
     def common(self, study: str, label: str, what: What) -> Row:
         """The columns that every row of a cell carries."""
@@ -218,6 +225,11 @@ class Workbench:
         own = self.own(label)
         rest = own if isinstance(own, Recipe) else Recipe.of(own)
         return Recipe(((self.plan.layers, what), *rest.rules))
+
+
+def _place(row: Row) -> tuple[Any, ...]:
+    """Which network a row is of, and with what in which layers."""
+    return row["model"], row["run_with"], row["layers"]
 
 
 def _columns(what: What, layers: str) -> Row:

@@ -13,7 +13,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import torch
 
-from mitaswap.checkpoint import fingerprint
+from mitaswap.checkpoint import TRAINING, fingerprint
 from mitaswap.errors import MitaswapError
 
 if TYPE_CHECKING:
@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     from mitaswap.models import Network
     from mitaswap.train.config import TrainConfig
 
-LAST = "last.pt"
-LOG = "log.csv"
+LAST, LOG = TRAINING
 LOG_COLUMNS = ("epoch", "lr", "train_loss", "top1", "top5", "val_loss", "images_per_s", "seconds")
 _FINAL_FILES = ("model.safetensors", "config.json")
 
@@ -122,14 +121,24 @@ def write_state(directory: Path, state: Mapping[str, Any]) -> None:
 
     Raises:
         MitaswapError: the disk is full or the directory cannot be written; the former files are
-            intact.
+            intact, and where there were none there is no new directory.
     """
+    first = not (directory / LAST).exists()
+    made = [path for path in (directory, *directory.parents) if not os.path.exists(path)]
 
     def write_log(file: IO[bytes]) -> None:
         file.write(_csv(state["history"]).encode())
 
-    _replace(directory / LOG, write_log)
-    _replace(directory / LAST, lambda file: torch.save(dict(state), file))
+    try:
+        _replace(directory / LOG, write_log)
+        _replace(directory / LAST, lambda file: torch.save(dict(state), file))
+    except BaseException:
+        if first:
+            with contextlib.suppress(OSError):
+                (directory / LOG).unlink(missing_ok=True)
+                for path in made:
+                    path.rmdir()
+        raise
 
 
 def _replace(path: Path, write: Callable[[IO[bytes]], None]) -> None:
