@@ -21,6 +21,8 @@ Value = Union[int, float, bool, str, None, tuple["Value", ...]]
 
 _WORDS: dict[str, Value] = {"true": True, "false": False, "none": None}
 _BARE = re.compile(r"[A-Za-z0-9_./:+-]+")
+#: numbers are decimal: 0x0 is a shape, 1_0 and 2j are words
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ class Spec:
     def parse(cls, text: str | Spec) -> Spec:
         """Read `name` or `name(key=value, ...)`, and `+name` or `+name(...)` behind it.
 
-        Values are Python literals, the words true, false and none, or bare words (`feature=relu`).
+        Values are decimal numbers, Python strings and tuples, the words true, false and none, or
+        bare words (`feature=relu`, `pool=2x4`).
 
         Raises:
             MitaswapError: the text does not follow the grammar.
@@ -118,13 +121,17 @@ def split_top_level(text: str, at: str = ",") -> list[str]:
 def _value(text: str, whole: str) -> Value:
     if text.lower() in _WORDS:
         return _WORDS[text.lower()]
+    if _BARE.fullmatch(text) and not _NUMBER.fullmatch(text):
+        return text
+    inner = text[1:-1].strip()
+    items = split_top_level(inner)
+    if text[:1] + text[-1:] in ("()", "[]") and (len(items) > 1 or inner.endswith(",")):
+        return tuple(_value(item, whole) for item in items)
     try:
         value = ast.literal_eval(text)
     except (ValueError, TypeError, SyntaxError):
         if _BARE.fullmatch(text):
             return text
-        if text[:1] + text[-1:] in ("()", "[]") and "," in text:  # words among its items
-            return tuple(_value(part, whole) for part in split_top_level(text[1:-1]))
         raise MitaswapError(f"cannot read the value {text!r} in {whole!r}") from None
     return _plain(value, text, whole)
 

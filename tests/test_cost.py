@@ -9,8 +9,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import mitaswap
+from mitaswap.mechanisms import Cost
 from mitaswap.models import open_model
-from mitaswap.studies._cost import body_flops, cores_cost
+from mitaswap.studies._cost import body_flops, cores_cost, cost_columns
 from mitaswap.surgery import swapped_sites, walk
 
 #: GFLOPs in the paper's Tab. 2 and 3 (multiply-adds, one digit) of DeiT-T and DeiT-S at 224
@@ -60,7 +61,16 @@ def test_the_papers_flops(size: str, spec: str, bodies: dict) -> None:
 
 
 @pytest.mark.parametrize(
-    "spec", ["standard", "mita(m=9,k=9)", "linear+dwc+gate", "nsa", "reformer", "dat", "bra(n=16)"]
+    "spec",
+    [
+        "standard",
+        "mita(m=9,k=9)",
+        "linear+dwc+gate",
+        "nsa(block=2)",
+        "reformer",
+        "dat",
+        "bra(n=16)",
+    ],
 )
 def test_body_and_cores_are_what_a_counter_sees(spec: str) -> None:
     """Negative control of the bookkeeping: the swapped network, counted whole."""
@@ -76,6 +86,21 @@ def test_body_and_cores_are_what_a_counter_sees(spec: str) -> None:
         cost = cores_cost(swapped_sites(network.module), sites)
     total = body + cost.flops + cost.padding
     assert total == pytest.approx(counted.get_total_flops(), rel=0.001)
+
+
+def test_columns_of_the_cost() -> None:
+    """What the formulas count, what is executed, and bytes of the run's own numbers."""
+    cores = Cost(flops=4_000_000, moved=3_000_000, padding=2_000_000)
+    assert cost_columns(10_000_000, cores, torch.bfloat16) == {
+        "gmacs": 0.007,
+        "attn_gmacs": 0.002,
+        "gmacs_executed": 0.008,
+        "attn_mbytes": 6.0,
+    }
+    assert cost_columns(0, cores, torch.float32)["attn_mbytes"] == 12.0
+    unknown = cost_columns(0, None, torch.float32)
+    assert list(unknown) == [*cost_columns(0, cores, torch.float32)]
+    assert set(unknown.values()) == {None}
 
 
 def test_sites_that_stay_are_softmax() -> None:

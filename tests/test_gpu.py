@@ -48,7 +48,8 @@ def test_identity_swap_is_exact_and_others_move(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    "spec", ["standard", "linear", "agent(n=9)", "mita(m=9,k=9)", "nsa(k=3)", "linear+dwc+gate"]
+    "spec",
+    ["standard", "linear", "agent(n=9)", "mita(m=9,k=9)", "nsa(block=2,k=3)", "linear+dwc+gate"],
 )
 def test_compiles_whole_with_inductor(spec: str) -> None:
     import timm

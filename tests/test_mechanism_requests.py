@@ -24,6 +24,7 @@ from mitaswap.mechanisms import (
     SiteShape,
     learned_numbers,
 )
+from mitaswap.studies._groups import GROUPS
 
 # ------------------------------------------------------------------------------------------- errors
 
@@ -119,32 +120,56 @@ BAD_SIZES = [
     Bad("inline(t=-1.0)", "t=-1.0 must be 0 or more; use t=0"),
     Bad("focused(floor=-0.5)", "floor=-0.5 must be 0 or more; use floor=0"),
     Bad(
-        "nsa(k=2)",
+        "nsa(block=2,k=2)",
         "k=2 must be between 3 and the 16 blocks, and no fewer than first + local, which it counts "
         "(tokens 1 + 8x7); use k=3",
         LAYOUT,
     ),
     Bad(
-        "nsa(k=17)",
+        "nsa(block=2,k=17)",
         "k=17 must be between 3 and the 16 blocks, and no fewer than first + local, which it "
         "counts (tokens 1 + 8x7); use k=16",
         LAYOUT,
     ),
-    Bad("nsa(k=4,local=7)", f"local=7 must be between 0 and the 6 blocks {AT}; use local=3"),
-    Bad("nsa(k=4,local=200)", f"local=200 must be between 0 and the 6 blocks {AT}; use local=3"),
-    Bad("nsa(k=4,local=-1)", f"local=-1 must be between 0 and the 6 blocks {AT}; use local=0"),
     Bad(
-        "nsa(k=4,first=5)",
+        "nsa(block=2,k=4,local=7)", f"local=7 must be between 0 and the 6 blocks {AT}; use local=3"
+    ),
+    Bad(
+        "nsa(block=2,k=4,local=200)",
+        f"local=200 must be between 0 and the 6 blocks {AT}; use local=3",
+    ),
+    Bad(
+        "nsa(block=2,k=4,local=-1)",
+        f"local=-1 must be between 0 and the 6 blocks {AT}; use local=0",
+    ),
+    Bad(
+        "nsa(block=2,k=4,first=5)",
         f"first=5 must be between 0 and the 4 blocks beside the local ones {AT}; use first=2",
     ),
     *(
         Bad(
             f"nsa(block={block})",
-            f"block={block} must be between 1 and the 6 patches a side that leave 8 blocks "
+            f"block={block} must be between 1 and the 6 patches a side that leave 6 blocks "
             "(tokens 1 + 14x14); use block=6",
             TokenLayout(1, (14, 14)),
         )
         for block in (47, 100000)
+    ),
+    Bad(
+        "nsa(block=2,k=4,stride=5)",
+        "stride=5 must be between 1 and the 3 patches of a span, or some are in none; use stride=3",
+    ),
+    Bad(
+        "nsa(block=2,k=4,span=0)",
+        f"span=0 must be between 1 and the 5 patches a side {AT}; use span=2",
+    ),
+    Bad(
+        "nsa(block=2,k=4,span=9)",
+        f"span=9 must be between 1 and the 5 patches a side {AT}; use span=5",
+    ),
+    Bad(
+        "nsa(block=2,k=4,blocks=raster,span=7)",
+        f"span=7 must be between 1 and the 4 patches a side {AT}; use span=4",
     ),
     Bad(
         "nsa(block=9,k=1,first=0,local=1)",
@@ -202,6 +227,60 @@ BAD_SIZES = [
         "positions=true learns a factor for each position of a mini-batch; with batch=0 their "
         "number would follow the image; use batch=16",
     ),
+    # sizes and factors beyond which memory or sums overflow, also of options that are not in use
+    Bad(
+        "performer(features=1000000000)",
+        "features=1000000000 must be between 0 and the 512 features, 64 for each of the head's "
+        "channels or one for each token; use features=512",
+    ),
+    Bad(
+        f"performer(seed={10**24})",
+        f"seed={10**24} must be between 0 and the 9223372036854775807 that a generator takes; use "
+        "seed=9223372036854775807",
+    ),
+    Bad("reformer(chunk=4,seed=-1)", "seed=-1 must be between 0 and the 9223372036854775807 that"),
+    Bad(
+        "reformer(chunk=4,buckets=1000000000)",
+        f"buckets=1000000000 must be between 0 and the 32 buckets, two for each token {AT}; use "
+        "buckets=32",
+    ),
+    Bad("reformer(chunk=4,buckets=3)", "buckets=3 must be even (each rotation gives two), or 0 fo"),
+    Bad(
+        "sparsifiner(k=4,n=6,coefficients=2,channels=1000000000)",
+        "channels=1000000000 must be at most 128, or as many as a head has; use channels=128",
+    ),
+    Bad(
+        "sparsifiner(k=4,n=6,coefficients=2,threshold=1e9)",
+        "threshold=1000000000.0 must be at most 1, as weights sum to one; use threshold=1",
+    ),
+    Bad("polaformer(alpha=1e300)", "alpha=1e+300 must be at most 16, or powers overflow; use alph"),
+    Bad(
+        "inline(t=1e300)", "t=1e+300 must be at most 30.0, where exponents are cut off; use t=30.0"
+    ),
+    Bad("ttt(eta=1e300)", "eta=1e+300 must be at most 100, or inner steps overflow; use eta=100"),
+    Bad("vit3(lr=1e300)", "lr=1e+300 must be at most 10000, or outputs overflow; use lr=10000"),
+    Bad("linear(eps=1e300)", "eps=1e+300 must be at most 1000000; use eps=1000000"),
+    Bad(
+        "pvt(size=-5)",
+        "size=-5 must be between 1 and the 7 patches along the grid's longer side, or 7 on smaller "
+        f"grids {AT}; use size=1",
+    ),
+    Bad(
+        "pvt(reduction=pool,size=999)",
+        "size=999 must be between 1 and the 14 patches along the grid's longer side, or 7 on "
+        "smaller grids (tokens 1 + 14x14); use size=14",
+        TokenLayout(1, (14, 14)),
+    ),
+    Bad(
+        "pvt(reduction=pool,r=-5)",
+        f"r=-5 must be between 1 and the 3 patches along the grid's smaller side {AT}; use r=1",
+    ),
+    Bad(
+        "standard+window(size=1000001)",
+        "size=1000001 must be at most 33, as 9 reach from one end of 5 places to the other; use "
+        "size=33",
+    ),
+    Bad("standard+window(size=4)", "size=4 must be odd, with the query in its middle; use size=5"),
     Bad(
         "vit3(conv=all,rope=true)",
         "rope=true turns queries and keys of heads with a gated unit, and conv=all leaves none; "
@@ -225,7 +304,19 @@ def test_impossible_sizes(bad: Bad) -> None:
 
 
 #: numbers far from any size, and a few between
-NUMBERS = {"int": (-7, 0, 2, 11, 47, 200, 100_000), "float": (-1.0, math.nan, math.inf)}
+NUMBERS: dict[str, tuple[int | float, ...]] = {
+    "int": (-7, 0, 2, 11, 47, 200, 100_000, 10**9, 10**24 - 1),
+    "float": (-1.0, math.nan, math.inf, 1e300, 10**24 - 1, 10**400),
+}
+
+
+def run_with(name: str, options: dict[str, Any], layout: TokenLayout) -> None:
+    """What is accepted also works: a finite output. What is not accepted is an error."""
+    part = mechanism(Spec(name, options))
+    part.check_site(SiteShape(3, 24, layout))
+    with torch.no_grad():
+        out = attend(part, *draw(layout, batch=1, dim=24, dtype=torch.float32), layout)
+    assert out.isfinite().all(), part.spec
 
 
 @pytest.mark.parametrize("name", MECHANISMS.names())
@@ -238,14 +329,37 @@ def test_one_wrong_number_is_one_error_whose_advice_is_legal(
         for wrong in NUMBERS.get(str(field.type), ()):
             options = {**cls.suggest(layout), field.name: wrong}
             try:
-                mechanism(Spec(name, options)).check_site(SiteShape(3, 24, layout))
+                run_with(name, options, layout)
             except MitaswapError as error:
                 advice = re.search(r"; use (\w+)=([^\s,;]+)", str(error))
                 nearest = re.search(r"the nearest count that does is (\d+)", str(error))
                 assert advice or nearest, error
                 option, value = advice.groups() if advice else (field.name, nearest[1])
                 options[option] = type(getattr(cls.options_type(), option))(value)
-                mechanism(Spec(name, options)).check_site(SiteShape(3, 24, layout))
+                run_with(name, options, layout)
+
+
+#: what no option allows, whatever the others say
+NEVER = {"int": (-7, 10**9), "float": (-1.0, math.nan, 1e300)}
+
+
+@each
+def test_wrong_numbers_are_refused_beside_any_options(spec: str) -> None:
+    """Also those of options that others leave unused."""
+    asked = Spec.parse(spec)
+    layout = accepted(spec)[0]
+    kinds = [(MECHANISMS.get(asked.name), 0)]
+    kinds += [(WRAPPERS.get(outer.name), i) for i, outer in enumerate(asked.wrappers, 1)]
+    for kind, place in kinds:
+        for field in fields(kind.options_type):
+            for wrong in NEVER.get(str(field.type), ()):
+                if field.name == "seed" and wrong == 10**9:
+                    continue
+                parts = [Spec(asked.name, asked.options), *asked.wrappers]
+                parts[place] = parts[place].with_options(**{field.name: wrong})
+                part = mechanism(Spec(asked.name, parts[0].options, tuple(parts[1:])))
+                with pytest.raises(MitaswapError, match=f"{field.name}="):
+                    part.check_site(SiteShape(3, 24, layout))
 
 
 @pytest.mark.parametrize("behind", ["", "+gate", "+dwc+prefix"])
@@ -308,11 +422,31 @@ def test_starts_of_mhla(start: str, pool: tuple[int, int]) -> None:
     assert [kind for kind, gap in gaps.items() if gap < 1e-6] == [start]
 
 
+@pytest.mark.parametrize(
+    ("option", "most"), [("index_heads", 64), ("index_dim", 128)], ids=["heads", "width"]
+)
+def test_an_indexer_is_no_larger_than_the_papers_or_the_site(option: str, most: int) -> None:
+    part = mechanism(f"dsa(k=4,{option}=100000000)")
+    with pytest.raises(MitaswapError, match=f"{option}=100000000 .*; use {option}={most}"):
+        part.attach(SiteShape(6, 8, LAYOUT))
+    larger = SiteShape(72, 8, LAYOUT)
+    with pytest.raises(MitaswapError, match=f"use {option}={72 if most == 64 else 576}"):
+        part.check_site(larger)
+
+
 @pytest.mark.parametrize(("groups", "near"), [(5, 6), (4, 3), (9, 6)])
 def test_groups_that_do_not_divide_the_heads(groups: int, near: int) -> None:
     with pytest.raises(MitaswapError) as error:
         mechanism(f"dat(groups={groups})").attach(SiteShape(6, 8, LAYOUT))
     assert str(error.value).endswith(f"groups={groups} must divide the 6 heads; use groups={near}")
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_group_is_no_mechanism(group: str) -> None:
+    with pytest.raises(
+        MitaswapError, match=f"'{group}' is a group of mechanisms, for `mitaswap ev"
+    ):
+        mechanism(group)
 
 
 @pytest.mark.parametrize("given", WRAPPERS.names())
@@ -474,7 +608,7 @@ def test_a_mechanism_with_a_kernel_is_built_fused() -> None:
 
 @pytest.mark.parametrize("norm", ["true", "false"])
 def test_bare_averages_learn_nothing(norm: str) -> None:
-    assert learned_numbers(mechanism(f"pvt(reduction=pool,size=16,norm={norm})")) == 0
+    assert learned_numbers(mechanism(f"pvt(reduction=pool,size=8,norm={norm})")) == 0
     assert learned_numbers(mechanism(f"pvt(reduction=pool-conv,norm={norm})")) > 0
 
 
@@ -585,5 +719,9 @@ def test_defaults_are_the_papers() -> None:
     assert str(mechanism("pvt(norm=true)").spec) == "pvt"
     assert str(mechanism("nystrom(conv=33)").spec) == "nystrom(m=49)"
     assert str(mechanism("nsa(first=1,local=2,projections=branch)").spec) == "nsa"
+    assert str(mechanism("nsa(block=4,k=6,span=3,stride=2)").spec) == "nsa"
+    assert str(mechanism("ttt(step=sum)").spec) == "ttt"
+    assert str(mechanism("dat(groups=0,stride=2)").spec) == "dat"
+    assert str(mechanism("dsa(k=49,index_dim=128)").spec) == "dsa(k=49)"
     assert str(mechanism("linear(eps=1e-6,feature=elu)").spec) == "linear"
     assert repr(mechanism("mita(k=9,m=4)")) == "Mita(mita(m=4,k=9))"

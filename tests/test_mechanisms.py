@@ -66,11 +66,18 @@ def test_empty_batch(spec: str) -> None:
     assert attend(mechanism(spec), q, k, v).shape == v.shape
 
 
+DIMS = (24, 64, 72)
+#: every head dim with every prefix in single precision; in half precision one prefix for each
+PRECISIONS = [(torch.float32, layout, dim) for layout in LAYOUTS for dim in DIMS]
+PRECISIONS += [
+    (dtype, layout, dim)
+    for dtype in (torch.bfloat16, torch.float16)
+    for layout, dim in zip(LAYOUTS, DIMS, strict=True)
+]
+
+
 @each
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(
-    ("layout", "dim"), list(zip(LAYOUTS, (24, 64, 72), strict=True)), ids=["24", "64", "72"]
-)
+@pytest.mark.parametrize(("dtype", "layout", "dim"), PRECISIONS, ids=str)
 def test_low_precision(spec: str, dtype: torch.dtype, layout: TokenLayout, dim: int) -> None:
     """Against fp64 on the same rounded inputs: sums of D and N terms, and the result's rounding."""
     layout = layout if accepts(spec, layout, dim) else accepted(spec)[0]
@@ -250,11 +257,17 @@ def test_learned_parts_follow_the_grid(spec: str) -> None:
     part = learned(mechanism(spec))
     q, k, v = draw()
     first = attend(part, q, k, v)
-    for layout in accepted(spec, [*LAYOUTS, TokenLayout(1, (10, 9)), TokenLayout(1, (14, 14))]):
-        layout = TokenLayout(1, layout.grid)  # special tokens are the network's, not the image's
-        if accepts(spec, layout):
-            out = attend(part, *draw(layout), layout)
+    # a mechanism without learned parts, inside a wrapper that has some, asks for what it was given
+    bound = not any(True for _ in innermost(part).parameters())
+    for grid in [(7, 9), (9, 8), (10, 9), (14, 14), (5, 5), (4, 4), (2, 6), (3, 1), (1, 1)]:
+        layout = TokenLayout(1, grid)  # special tokens are the network's, not the image's
+        if not bound or accepts(spec, layout):
+            tensors = draw(layout)
+            out = attend(part, *tensors, layout)
             assert out.isfinite().all()
+            routing = part.route(*tensors[:2], layout=layout, scale=0.4)
+            assert routing is None or routing.members.max() < layout.tokens
+            assert part.cost(SiteShape(3, 8, layout)).flops > 0
     assert torch.equal(attend(part, q, k, v), first)
     with pytest.raises(Exception, match="is attached already"):
         part.attach(SiteShape(3, 8, LAYOUT))
@@ -351,11 +364,36 @@ def test_eps_of_the_normaliser() -> None:
 
 
 @each
-def test_gradcheck(spec: str) -> None:
+@pytest.mark.parametrize("dim", [3, 24])
+def test_gradcheck(spec: str, dim: int) -> None:
     layout = TokenLayout(1, (7, 7))
-    leaves = tuple(x.requires_grad_() for x in draw(layout, 1, 2, 3))
+    leaves = tuple(x.requires_grad_() for x in draw(layout, 1, 2, dim))
     part = mechanism(spec)
     run: Callable[..., Tensor] = lambda q, k, v: attend(part, q, k, v, layout)  # noqa: E731
+    assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
+
+
+#: parts of theirs get another gradient by design: as a term of the logits, or as if not clipped
+STRAIGHT_THROUGH = ("dsa", "sparsifiner", "mhla")
+
+
+@pytest.mark.parametrize(
+    "spec", [s for s in LEARNED if innermost(mechanism(s)).name not in STRAIGHT_THROUGH]
+)
+def test_gradcheck_of_learned_parts(spec: str) -> None:
+    layout = TokenLayout(1, (7, 7))
+    tensors = draw(layout, 1, 2, 3)
+    part = mechanism(spec)
+    part.attach(SiteShape(2, 3, layout))
+    names, leaves = zip(*learned(part).named_parameters(), strict=True)
+    extra = {"x": tensors[0].transpose(1, 2).flatten(2)} if "x" in part.needs else {}
+
+    def run(*values: Tensor) -> Tensor:
+        state = dict(zip(names, values, strict=True))
+        called = torch.func.functional_call(part, state, tensors, {"layout": layout, **extra})
+        assert isinstance(called, Tensor)
+        return called
+
     assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
 
 

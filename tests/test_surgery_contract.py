@@ -558,10 +558,20 @@ def test_sites_of_an_earlier_walk_save_the_dry_forward() -> None:
         ),
         ("mita(m=4,k=18)", "*", r"blocks.0.attn: .*k=18 must be between 1 and the 17 tokens"),
         ("agent(n=13)", "*", r"blocks.0.attn: agent\(n=13\): 13 landmarks do not fit a 4x4 grid"),
+        ("linear+window", "1", r"blocks.1.attn: linear has no softmax that a window could join"),
+        ("linear(impl=fused)+gate", "*", r"blocks.0.attn: .* has no kernel for tensors on cpu"),
+        ("topk(impl=fused)", "*", r"blocks.0.attn: topk has no fused kernel; use impl=reference"),
+        ("usable", "*", "'usable' is a group of mechanisms, for `mitaswap eval --run usable`"),
     ],
-    ids=["path", "number", "range", "mechanism", "option", "m", "k", "partition"],
+    ids=[
+        *("path", "number", "range", "mechanism", "option", "m", "k", "partition"),
+        *("wrapper", "device", "kernel", "group"),
+    ],
 )
-def test_what_cannot_be_is_said_before_anything_is_done(to: str, layers: str, message: str) -> None:
+def test_what_cannot_be_is_said_before_anything_is_done(
+    monkeypatch: pytest.MonkeyPatch, to: str, layers: str, message: str
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     model = build("timm-vit")
     before = snapshot(model)
     with pytest.raises(MitaswapError, match=message):

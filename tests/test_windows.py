@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from mitaswap import TokenLayout
 from mitaswap.operators.experts import attend
 from mitaswap.operators.routed import with_special
+from mitaswap.operators.spans import spans
 from mitaswap.operators.special import split
 from mitaswap.operators.windows import Windows, cut, ragged_size, runs
 
@@ -75,6 +76,59 @@ def test_split_join_and_means(shape: tuple[int, int]) -> None:
     assert torch.equal(windows.join(windows.split(x)), x[:, :, layout.patch_slice])
     means = torch.stack([x[:, :, rows].mean(2) for rows in owned(windows)], dim=2)
     torch.testing.assert_close(windows.means(x), means, rtol=1e-13, atol=1e-13)
+
+
+SIDES = st.integers(1, 15)
+
+
+@QUICK
+@given(SIDES, SIDES, st.integers(1, 6), st.integers(1, 5), st.data())
+def test_spans_hold_every_patch_and_share_out_their_weights(
+    h: int, w: int, side: int, block: int, data: st.DataObject
+) -> None:
+    stride = data.draw(st.integers(1, side))
+    layout, found = TokenLayout(1, (h, w)), spans((h, w), side, stride)
+    slots = found.slots(layout, CPU)
+    held = [row[inside].tolist() for row, inside in zip(slots.index, slots.inside, strict=True)]
+    assert slots.count == math.prod(found.shape) and slots.width == math.prod(found.raster)
+    assert slots.ragged == (not slots.inside.all())
+    assert {patch for rows in held for patch in rows} == set(range(1, 1 + h * w))
+    shape = -(-h // block), -(-w // block)
+    weights = torch.rand(2, slots.count, dtype=torch.float64)
+    want = torch.zeros(2, math.prod(shape), dtype=torch.float64)
+    for i, rows in enumerate(held):
+        for owner in cut(layout, shape, CPU).owner[torch.tensor(rows) - 1]:
+            want[:, owner] += weights[:, i] / len(rows)
+    torch.testing.assert_close(found.shared_out(weights, shape), want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("side", [1, 2, 3, 5])
+@pytest.mark.parametrize("grid", [(6, 6), (7, 10), (4, 1), (1, 13)])
+def test_spans_without_overlap_are_windows_of_a_cut(side: int, grid: tuple[int, int]) -> None:
+    layout = TokenLayout(2, grid)
+    windows = cut(layout, (-(-grid[0] // side), -(-grid[1] // side)), CPU)
+    slots = spans(grid, side, side).slots(layout, CPU)
+    assert torch.equal(slots.index, windows.index) and torch.equal(slots.inside, windows.inside)
+
+
+@pytest.mark.parametrize(
+    ("length", "side", "stride", "block"),
+    [(64, 8, 4, 16), (48, 4, 2, 8), (24, 4, 4, 8), (24, 4, 1, 4), (32, 2, 1, 4)],
+)
+def test_shares_are_nsas_eq_9(length: int, side: int, stride: int, block: int) -> None:
+    """p_slc[j] = sum_{m < l' / d} sum_{n < l / d} p_cmp[j l' / d - m - n], counted from 1."""
+    found = spans((1, length), side, stride)
+    count, blocks = (length - side) // stride + 1, length // block
+    assert found.shape == (1, count)
+    p = torch.rand(count, dtype=torch.float64)
+    want = torch.zeros(blocks, dtype=torch.float64)
+    for j in range(1, blocks + 1):
+        for m in range(block // stride):
+            for n in range(side // stride):
+                place = j * block // stride - m - n
+                want[j - 1] += p[place - 1] if 1 <= place <= count else 0.0
+    got = found.shared_out(p, (1, blocks)) * side / stride
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -169,8 +169,9 @@ class Mechanism(nn.Module):
         """`Cost` of a core that reads q, k, v (and x, if needed) and its parameters, and writes
         the output; `flops`, `between` (numbers stored and read back) and `padding` per head.
         """
-        own = self if self.site == site else type(self)(self.options)
-        if own is not self:
+        own = self  # where it is attached already, whatever that grid: these parts are read
+        if self.site is None:
+            own = type(self)(self.options)
             own.attach(site)
         tokens = site.layout.tokens
         moved = site.heads * tokens * 2 * (site.head_dim + site.value_dim)
@@ -222,6 +223,21 @@ class Mechanism(nn.Module):
         `impl=auto` then takes the reference, `impl=fused` is an error.
         """
         return ""
+
+    def check_kernel(self, site: SiteShape, device: torch.device, dtype: torch.dtype) -> None:
+        """Raise `MitaswapError` if `impl=fused` was asked for and the kernel cannot take what a
+        network of this device and dtype hands over.
+        """
+        if self.options.impl == "fused":
+            widths = (site.head_dim, site.head_dim, site.value_dim)
+            q, k, v = (torch.empty(1, site.heads, 1, n, device=device, dtype=dtype) for n in widths)
+            if problem := self.unfit(q, k, v):
+                raise self._no_kernel(problem)
+
+    def _no_kernel(self, problem: str) -> MitaswapError:
+        return MitaswapError(
+            f"{self.spec} has no kernel for {problem}; use impl=auto or impl=reference"
+        )
 
     def route(self, q: Tensor, k: Tensor, *, layout: TokenLayout, scale: float) -> Routing | None:
         """The routing of these queries and keys; None for mechanisms that do not route."""
@@ -289,9 +305,7 @@ class Mechanism(nn.Module):
         fused = impl == "fused" or (impl == "auto" and has_kernel and q.is_cuda)
         if fused and (problem := self.unfit(q, k, v)):
             if impl == "fused":
-                raise MitaswapError(
-                    f"{self.spec} has no kernel for {problem}; use impl=auto or impl=reference"
-                )
+                raise self._no_kernel(problem)
             fused = False
         run = self.fused if fused else self.reference
         return run(q, k, v, layout=layout, scale=scale, **extra)

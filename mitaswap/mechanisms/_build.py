@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import typing
 from dataclasses import fields
 from typing import Any, Literal
@@ -89,7 +90,10 @@ def _typed(kind: Any, name: str, value: Value, spec: Spec) -> Value:
             return value
         raise unknown(f"value of {name} in {str(spec)!r}:", str(value), [str(a) for a in allowed])
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:  # more digits than a float has: out of every range
+            return math.inf if value > 0 else -math.inf
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise MitaswapError(f"{name}={value!r} in {str(spec)!r} must be of type {kind.__name__}")
     return value

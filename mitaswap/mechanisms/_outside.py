@@ -14,9 +14,17 @@ OUTSIDE: dict[str, str] = {
     "after norm and rotation, with the registers as special tokens.",
 }
 
+#: names of groups, which stand for many mechanisms where a study takes several
+GROUPS = ("all", "usable", "parameter-free", "untrained")
+
 
 def explain(name: str) -> None:
-    """Raise `MitaswapError` if `name` is one of `OUTSIDE`, whatever its spelling."""
+    """Raise `MitaswapError` if `name` is a group, or one of `OUTSIDE`, whatever its spelling."""
+    if name in GROUPS:
+        raise MitaswapError(
+            f"{name!r} is a group of mechanisms, for `mitaswap eval --run {name}`; name one "
+            "mechanism here. `mitaswap ls` lists them, and which are usable untrained."
+        )
 
     def plain(text: str) -> str:
         return "".join(filter(str.isalnum, text.lower()))

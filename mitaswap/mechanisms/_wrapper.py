@@ -7,6 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from mitaswap.errors import MitaswapError
@@ -86,6 +87,9 @@ class Wrapper(Mechanism):
     def check_site(self, site: SiteShape) -> None:
         self.inner.check_site(site)
         super().check_site(site)
+
+    def check_kernel(self, site: SiteShape, device: torch.device, dtype: torch.dtype) -> None:
+        self.inner.check_kernel(site, device, dtype)
 
     def attach(self, site: SiteShape) -> None:
         if self.site is None:

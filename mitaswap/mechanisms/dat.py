@@ -24,6 +24,9 @@ from mitaswap.tokens import TokenLayout
 #: queries whose weights and biases exist at a time; the number of samples grows with the grid
 CHUNK = 512
 
+#: channels of an offset group in the paper's models
+GROUP = 128
+
 
 @dataclass(frozen=True)
 class DatOptions(Options):
@@ -31,8 +34,11 @@ class DatOptions(Options):
 
     Args:
         stride: patches per sampling point along each axis, r; 2 is the paper's example (49 points
-            of a 14 x 14 grid), its classifiers use 1 there.
-        groups: offset groups; the heads of one share their points. Must divide the heads.
+            of a 14 x 14 grid). The released classifiers take 1 there, a point at every patch: all
+            pairs, and softmax attention itself until they are trained.
+        groups: offset groups; the heads of one share their points. Must divide the heads. 0 is as
+            many as leave a group about 128 channels (4 of the paper's heads, 3 to 8 groups at 12 to
+            32 heads), of those that divide the heads.
         kernel: width of the offset network's depth-wise convolution, odd.
         reach: farthest offset, s, in halves of the distance between points; 0 lets points go
             anywhere on the grid (DAT++).
@@ -43,7 +49,7 @@ class DatOptions(Options):
     """
 
     stride: int = 2
-    groups: int = 1
+    groups: int = 0
     kernel: int = 5
     reach: float = 2.0
     reference_points: Literal["paper", "released"] = "paper"
@@ -111,26 +117,30 @@ class Dat(Mechanism):
     def check(self, layout: TokenLayout, head_dim: int) -> None:
         o, most = self.options, min(layout.grid)
         of = f"patches along the grid's smaller side (tokens {layout})"
-        in_range(self, "stride", o.stride, 1, most, of)
+        if self.site is None:  # once it is built, points follow the grid
+            in_range(self, "stride", o.stride, 1, most, of)
         side = max(self._built(layout).grid)
         odd(self, "kernel", o.kernel, side, ", or the convolution is not centred")
-        at_least(self, "groups", o.groups, 1)
-        at_least(self, "reach", o.reach, 0, "which is no limit")
+        at_least(self, "groups", o.groups, 0)
+        limit = f"from one end of {side} patches to the other"
+        at_least(self, "reach", o.reach, 0, "which is no limit", most=2 * side, limit=limit)
 
     def check_site(self, site: SiteShape) -> None:
         super().check_site(site)
         o = self.options
-        if site.heads % o.groups:
-            divisors = [n for n in range(1, site.heads + 1) if site.heads % n == 0]
-            near = min(divisors, key=lambda n: abs(n - o.groups))
+        if o.groups and site.heads % o.groups:
+            near = _divisor(site.heads, o.groups)
             raise MitaswapError(
                 f"{self.spec}: groups={o.groups} must divide the {site.heads} heads; use "
                 f"groups={near}"
             )
 
+    def _groups(self, heads: int, dim: int) -> int:
+        return self.options.groups or _divisor(heads, heads * dim / GROUP)
+
     def build(self, site: SiteShape) -> None:
         o = self.options
-        channels = site.heads // o.groups * site.head_dim
+        channels = site.heads // self._groups(site.heads, site.head_dim) * site.head_dim
         mean = torch.full((channels, 1, o.kernel, o.kernel), o.kernel**-2.0)
         self.dwc_weight = nn.Parameter(mean)
         self.dwc_bias = nn.Parameter(torch.zeros(channels))
@@ -176,24 +186,19 @@ class Dat(Mechanism):
         self, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor, layout: TokenLayout
     ) -> tuple[Tensor, Tensor]:
         """Keys and values of the patches at the points, [B, H, N_s, D] and [B, H, N_s, Dv]."""
-        maps = self._maps(torch.cat([k, v], dim=-1), layout.grid)
+        maps = _maps(torch.cat([k, v], dim=-1), layout.grid, rows.shape[1])
         found = bilinear(maps, rows.flatten(0, 1)[:, None], columns.flatten(0, 1)[:, None])
         width, points = k.shape[-1] + v.shape[-1], rows.shape[-1]
         found = found.view(*k.shape[:2], width, points).transpose(-1, -2)
         keys, values = found.split([k.shape[-1], v.shape[-1]], dim=-1)
         return keys, values
 
-    def _maps(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Patches x [B, H, P, D] as one map per group, [B * G, H / G * D, h, w]."""
-        batch, heads, _, dim = x.shape
-        groups = self.options.groups
-        return x.transpose(-1, -2).reshape(batch * groups, heads // groups * dim, *grid)
-
     def _points(self, queries: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor]:
         """Rows and columns of the sampling points, in patches: two [B, G, N_s]."""
         o, kind = self.options, queries.dtype
+        groups = self._groups(queries.shape[1], queries.shape[3])
         hidden = F.conv2d(
-            self._maps(queries, layout.grid),
+            _maps(queries, layout.grid, groups),
             self.dwc_weight.to(kind),
             self.dwc_bias.to(kind),
             stride=o.stride,
@@ -206,7 +211,7 @@ class Dat(Mechanism):
             gain, shift = self.norm_weight.to(kind), self.norm_bias.to(kind)
             hidden = F.layer_norm(hidden, gain.shape, gain, shift)
         offsets = F.linear(F.gelu(hidden), self.offset_weight.to(kind))  # [B * G, N_s, 2]
-        offsets = offsets.view(queries.shape[0], o.groups, *offsets.shape[1:])
+        offsets = offsets.view(queries.shape[0], groups, *offsets.shape[1:])
         rows, columns = (
             self._along(points, offset, count, size)
             for points, offset, count, size in zip(
@@ -229,7 +234,7 @@ class Dat(Mechanism):
         """Bias of some queries and all points, from the table of relative positions: [B, H, n,
         N_s].
         """
-        groups, heads, batch = self.options.groups, self.table.shape[0], rows.shape[0]
+        (batch, groups), heads = rows.shape[:2], self.table.shape[0]
         table = self.table.to(rows.dtype).unflatten(0, (groups, heads // groups))
         asking = [axis[chunk] for axis in raster(layout.grid, rows)]
         at = []
@@ -243,3 +248,15 @@ class Dat(Mechanism):
         # the batch goes along with the queries, so that the table is not copied for it
         bias = bilinear(table, *at).view(heads, batch, asking[0].shape[0], rows.shape[2])
         return bias.transpose(0, 1)
+
+
+def _maps(x: Tensor, grid: tuple[int, int], groups: int) -> Tensor:
+    """Patches x [B, H, P, D] as one map per group, [B * G, H / G * D, h, w]."""
+    batch, heads, _, dim = x.shape
+    return x.transpose(-1, -2).reshape(batch * groups, heads // groups * dim, *grid)
+
+
+def _divisor(heads: int, near: float) -> int:
+    """The divisor of `heads` nearest to a number, the smaller of two."""
+    divisors = (n for n in range(1, heads + 1) if heads % n == 0)
+    return min(divisors, key=lambda n: abs(n - near))

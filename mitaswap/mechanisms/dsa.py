@@ -18,7 +18,7 @@ from mitaswap.operators.counting import attend_flops, product_flops
 from mitaswap.operators.experts import Branch
 from mitaswap.operators.orthogonal import orthogonal
 from mitaswap.operators.precision import outside_autocast, working
-from mitaswap.operators.ranges import at_least, in_range
+from mitaswap.operators.ranges import at_least, in_range, seeds
 from mitaswap.operators.rotary import axial_angles, turned
 from mitaswap.operators.select import top_indices
 from mitaswap.spec import Value
@@ -26,6 +26,9 @@ from mitaswap.tokens import TokenLayout
 
 #: the fastest turn of rotary positions over the slowest, on grids (10000 in texts)
 ROPE_BASE = 100.0
+
+#: index heads of the paper's model, and the width of each
+PAPER = (64, 128)
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class DsaOptions(Options):
     Args:
         k: keys per query. The paper takes 2048 of a long context; 49 is a quarter of 196 patches.
         index_heads: heads of the indexer; 0 is as many as the attention has.
-        index_dim: width of one index head (128 in the paper's model).
+        index_dim: width of one index head, 128 as in the paper's model.
         index_from: what the indexer reads: `qk`, the queries and keys of all heads, whose products
             it approximates from the start; or `x`, the module's input, as the paper writes it, with
             a random start. Queries and keys are linear maps of x, so with `qk` the indexer is the
@@ -47,7 +50,7 @@ class DsaOptions(Options):
 
     k: int = 49
     index_heads: int = 0
-    index_dim: int = 64
+    index_dim: int = 128
     index_from: Literal["qk", "x"] = "qk"
     norm: bool = False
     rope: bool = False
@@ -125,11 +128,22 @@ class Dsa(Mechanism):
 
     def check(self, layout: TokenLayout, head_dim: int) -> None:
         o, tokens = self.options, layout.tokens
-        in_range(self, "k", o.k, 1, tokens, f"tokens (tokens {layout})")
+        if self.site is None:  # once it is settled, k follows the image
+            in_range(self, "k", o.k, 1, tokens, f"tokens (tokens {layout})")
+        seeds(self, o.seed)
         at_least(self, "index_heads", o.index_heads, 0)
         if o.rope:
             at_least(self, "index_dim", o.index_dim, 8, "as rope turns pairs of half of it")
         at_least(self, "index_dim", o.index_dim, 1)
+
+    def check_site(self, site: SiteShape) -> None:
+        super().check_site(site)
+        o, (most_heads, most) = self.options, PAPER
+        heads, width = max(site.heads, most_heads), max(self._width(site), most)
+        of = f"heads, as many as attention has or {most_heads} as in the paper's model"
+        in_range(self, "index_heads", o.index_heads, 0, heads, of)
+        of = f"channels, as many as the indexer reads or {most} as in the paper's model"
+        in_range(self, "index_dim", o.index_dim, 1, width, of)
 
     @classmethod
     def suggest(cls, layout: TokenLayout) -> dict[str, Value]:
@@ -140,12 +154,12 @@ class Dsa(Mechanism):
         o, heads = self.options, self._heads(site)
         generator = torch.Generator("cpu").manual_seed(o.seed)
         if o.index_from == "x":
-            width = site.width
+            width = self._width(site)
             keys = orthogonal(o.index_dim, width, generator)
             shape = (heads * o.index_dim, width)
             queries = torch.randn(shape, generator=generator, device="cpu") * width**-0.5
         else:
-            width = site.heads * site.head_dim
+            width = self._width(site)
             keys = orthogonal(o.index_dim, width, generator)
             owner = torch.arange(site.heads) - torch.arange(heads)[:, None]
             reads = (owner % min(heads, site.heads) == 0).repeat_interleave(site.head_dim, dim=1)
@@ -161,13 +175,19 @@ class Dsa(Mechanism):
     def _heads(self, site: SiteShape) -> int:
         return self.options.index_heads or site.heads
 
+    def _width(self, site: SiteShape) -> int:
+        """Channels that the indexer reads."""
+        return site.width if self.options.index_from == "x" else site.heads * site.head_dim
+
+    def _k(self, layout: TokenLayout) -> int:
+        return min(self.options.k, layout.tokens)
+
     def cost(self, site: SiteShape) -> Cost:
         o, n, heads = self.options, site.layout.tokens, self._heads(site)
         d, dv = site.head_dim, site.value_dim
-        core = self._cost(
-            site, attend_flops(n, o.k, d, dv), padding=attend_flops(n, n - o.k, d, dv)
-        )
-        width = site.width if o.index_from == "x" else site.heads * d
+        k = self._k(site.layout)
+        core = self._cost(site, attend_flops(n, k, d, dv), padding=attend_flops(n, n - k, d, dv))
+        width = self._width(site)
         columns = (heads + 1) * o.index_dim + heads
         index = product_flops(n, width, columns) + heads * product_flops(n, o.index_dim, n)
         return core + Cost(index, 2 * n * o.index_dim)
@@ -207,7 +227,7 @@ class Dsa(Mechanism):
         index = self._index(q, k, extra.get("x"), layout)
 
         def choose(rows: slice, logits: Tensor) -> Tensor:
-            return keep_top(logits, self._scores(*index, rows), self.options.k)
+            return keep_top(logits, self._scores(*index, rows), self._k(layout))
 
         return attend_chosen(q, k, v, scale, choose)
 
@@ -220,6 +240,6 @@ class Dsa(Mechanism):
         q, k = working(q, k)
         index = self._index(q, k, None, layout)
         scores = (self._scores(*index, rows) for rows in chunks(q.shape[2]))
-        members = torch.cat([top_indices(x, self.options.k) for x in scores], dim=2)
+        members = torch.cat([top_indices(x, self._k(layout)) for x in scores], dim=2)
         members = members.expand(-1, q.shape[1], -1, -1)
         return Routing(members, own_choice(members))

@@ -17,7 +17,7 @@ from mitaswap.mechanisms._card import Card, Cost, SiteShape
 from mitaswap.operators.counting import product_flops
 from mitaswap.operators.positions import with_positions
 from mitaswap.operators.precision import outside_autocast, working
-from mitaswap.operators.ranges import at_least
+from mitaswap.operators.ranges import EPS, at_least
 from mitaswap.tokens import TokenLayout
 
 
@@ -111,9 +111,9 @@ class Focused(Mechanism):
         return frozenset(held)
 
     def check(self, layout: TokenLayout, head_dim: int) -> None:
-        at_least(self, "factor", self.options.factor, 1, "which leaves out the focusing")
-        at_least(self, "eps", self.options.eps, 0)
-        at_least(self, "floor", self.options.floor, 0)
+        at_least(self, "factor", self.options.factor, 1, "which leaves out the focusing", most=64)
+        at_least(self, "eps", self.options.eps, 0, most=EPS)
+        at_least(self, "floor", self.options.floor, 0, most=EPS)
 
     def build(self, site: SiteShape) -> None:
         if self.options.channel_scale:

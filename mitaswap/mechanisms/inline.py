@@ -20,6 +20,9 @@ from mitaswap.operators.precision import outside_autocast, working
 from mitaswap.operators.ranges import at_least
 from mitaswap.tokens import TokenLayout
 
+#: where the exponent of exp(t x) is cut off
+CUT = 30.0
+
 
 @dataclass(frozen=True)
 class InlineOptions(Options):
@@ -68,7 +71,7 @@ class Inline(Mechanism):
         expert_count="1 shared",
         construction="kernelization",
         topology="all-to-one",
-        source="Han et al. 2024, arXiv 2412.06590, Eq. 5 and local residual",
+        source="Han et al. 2024, arXiv 2412.06590, Eq. 5; local residual: by name",
         cost="N d^2",
         untrained="needs finetuning",
     )
@@ -89,7 +92,7 @@ class Inline(Mechanism):
         return frozenset({"grid", "x"} if self.options.local else ())
 
     def check(self, layout: TokenLayout, head_dim: int) -> None:
-        at_least(self, "t", self.options.t, 0)
+        at_least(self, "t", self.options.t, 0, most=CUT, limit="where exponents are cut off")
 
     def check_site(self, site: SiteShape) -> None:
         super().check_site(site)
@@ -138,7 +141,7 @@ class Inline(Mechanism):
         if self.options.kernel == "relu":
             return F.relu(x)
         if self.options.kernel == "exp":
-            return (self.options.t * x).clamp(max=30.0).exp()
+            return (self.options.t * x).clamp(max=CUT).exp()
         return F.leaky_relu(x) if self.options.kernel == "leakyrelu" else x
 
     def _residual(self, v: Tensor, layout: TokenLayout, x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from mitaswap.mechanisms._base import MECHANISMS, Mechanism, Options
 from mitaswap.mechanisms._card import Card, Cost, SiteShape
 from mitaswap.operators.counting import product_flops
 from mitaswap.operators.precision import outside_autocast, working
-from mitaswap.operators.ranges import at_least
+from mitaswap.operators.ranges import EPS, at_least
 from mitaswap.tokens import TokenLayout
 
 
@@ -91,7 +91,7 @@ class Linear(Mechanism):
         return out.to(dtype)
 
     def check(self, layout: TokenLayout, head_dim: int) -> None:
-        at_least(self, "eps", self.options.eps, 0)
+        at_least(self, "eps", self.options.eps, 0, most=EPS)
         if self.options.impl == "fused" and self.options.norm == "rms":
             raise MitaswapError(
                 f"{self.spec} has no kernel for norm=rms; use impl=auto or impl=reference"

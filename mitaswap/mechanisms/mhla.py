@@ -18,7 +18,7 @@ from mitaswap.mechanisms._card import Card, Cost, SiteShape
 from mitaswap.operators.counting import product_flops
 from mitaswap.operators.pool import pool_shape
 from mitaswap.operators.precision import outside_autocast, working
-from mitaswap.operators.ranges import at_least, in_range
+from mitaswap.operators.ranges import EPS, at_least, in_range
 from mitaswap.operators.special import join, split
 from mitaswap.operators.windows import cut, ragged_size
 from mitaswap.tokens import TokenLayout
@@ -131,7 +131,7 @@ class Mhla(Mechanism):
 
     def check(self, layout: TokenLayout, head_dim: int) -> None:
         o, patches = self.options, layout.patches
-        at_least(self, "eps", o.eps, 0)
+        at_least(self, "eps", o.eps, 0, most=EPS)
         if self.site is None:  # once built, blocks follow the grid
             in_range(self, "m", o.m, 1, patches, f"patches (tokens {layout})")
             self._shape(layout)

@@ -11,7 +11,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mitaswap.errors import MitaswapError
 from mitaswap.mechanisms._base import MECHANISMS, Mechanism, Options
 from mitaswap.mechanisms._card import Card, Cost, Routing, SiteShape
 from mitaswap.operators.blocks import expert_blocks
@@ -22,9 +21,10 @@ from mitaswap.operators.experts import Branch, attend, attend_experts, merge
 from mitaswap.operators.importance import attend_and_pick
 from mitaswap.operators.neighbourhood import attend_near, near_flops
 from mitaswap.operators.precision import outside_autocast, working
-from mitaswap.operators.ranges import in_range
+from mitaswap.operators.ranges import in_range, odd
 from mitaswap.operators.routed import special_flops, special_routing
 from mitaswap.operators.select import best_with
+from mitaswap.operators.spans import Spans, spans
 from mitaswap.operators.special import join, split
 from mitaswap.operators.windows import Windows, cut, ragged_size, runs
 from mitaswap.spec import Value
@@ -33,15 +33,22 @@ from mitaswap.tokens import TokenLayout
 
 @dataclass(frozen=True)
 class NsaOptions(Options):
-    """Options of native sparse attention. The paper's sizes (blocks of 32 and 64, k = 16, a window
-    of 512) are for texts of thousands of tokens; the defaults are for a ViT's 14 x 14 patches.
+    """Options of native sparse attention. The paper's sizes (compressed blocks of 32 tokens, 16
+    apart, selected ones of 64, k = 16, a window of 512) are for texts of thousands of tokens; the
+    defaults are ours, for a ViT's 14 x 14 patches. Compressed blocks of 3 x 3 patches, 2 apart
+    along each axis, and selected ones of 4 x 4 nearly keep its proportions: 9 : 4 : 16 patches for
+    8 : 4 : 16.
 
     Args:
-        block: side of the square windows of patches that are compressed and selected.
+        block: side of the square windows of patches that are selected, l' in the paper (64 tokens).
         k: blocks that each query selects.
         window: side of the neighbourhood around each query, an odd number.
         blocks: `windows` of the grid, or `raster`: runs of block * block patches in raster order,
-            and a neighbourhood of window * window patches before and behind.
+            compressed ones of span * span, stride * stride apart, and a neighbourhood of window *
+            window patches before and behind.
+        span: side of the square windows of patches that are compressed, l (32 tokens).
+        stride: patches from one of these to the next along each axis, d (16 tokens); equal to span,
+            they do not overlap.
         compress: how a block becomes one key and one value: `mlp` adds a learned MLP with
             intra-block positions (the paper) to the average, `mean` is the average.
         first: number of initial blocks, row by row, that are always among the k of every query (1
@@ -56,10 +63,12 @@ class NsaOptions(Options):
             that a trained network has, and saves six maps of all tokens.
     """
 
-    block: int = 2
-    k: int = 8
+    block: int = 4
+    k: int = 6
     window: int = 5
     blocks: Literal["windows", "raster"] = "windows"
+    span: int = 3
+    stride: int = 2
     compress: Literal["mlp", "mean"] = "mlp"
     first: int = 1
     local: int = 2
@@ -71,16 +80,22 @@ class NsaOptions(Options):
 class Nsa(Mechanism):
     """o = g_cmp Attn(q, K~cmp, V~cmp) + g_slc Attn(q, K~slc, V~slc) + g_win Attn(q, K~win, V~win).
 
-    Blocks tile the patches. Compressed, phi makes one key and one value of each. Selected, a query
-    reads all patches of k blocks: `first` initial ones, `local` ones, and those to whose compressed
-    keys softmax gives it the most weight. The window holds the patches around the query. Gates are
-    sigmoids of the module's input x, one for each query, head and branch, 1/3 at the start. No
-    gradient goes through the choice.
+    Compressed, phi makes one key and one value of each span of patches; spans overlap if their
+    stride is smaller. Selected, a query reads all patches of k blocks, which tile the grid: `first`
+    initial ones, `local` ones, and the most important others. The window holds the patches around
+    the query. Gates are sigmoids of the module's input x, one for each query, head and branch, 1/3
+    at the start. No gradient goes through the choice.
+
+    The importance of a block is the weight of the spans in the compressed branch, each times the
+    part of it that lies in the block. For d | l and d | l' that is d / l, in 2-D its square, times
+    Eq. 9, p_slc[j] = sum_{m < l' / d} sum_{n < l / d} p_cmp[j l' / d - m - n], j counted from 1:
+    p_cmp of a span counts once for each stride of patches that it shares with block j, here along
+    both axes. For l = d = l' it is p_cmp itself. Where sizes do not divide a side, spans, and
+    blocks, differ by a patch, so that every patch is in some.
 
     Special tokens as keys are in all three branches, uncompressed; as queries they attend to all N
-    keys by plain softmax, without gates. Blocks for compression and selection are the same and do
-    not overlap (l = d = l' in the paper), and nothing is causal. Queries, and what special queries
-    read, are the site's also with `projections=branch`.
+    keys by plain softmax, without gates. Nothing is causal. Queries, and what special queries read,
+    are the site's also with `projections=branch`.
 
     Parameters:
         gate_weight, gate_bias: [3 H, C] and [3 H], zero; g = sigmoid(x W^T + b - ln 2), row 3 h + c
@@ -99,16 +114,20 @@ class Nsa(Mechanism):
         construction="locality prior",
         topology="N-to-blocks",
         source="Yuan et al. 2025, arXiv 2502.11089, Eq. 5-12",
-        cost="N (N / block^2 + k block^2 + window^2) d",
+        cost="N (N / stride^2 + k block^2 + window^2) d",
         untrained="usable",
     )
     samples = (
-        {"k": 5},
-        {"k": 3, "first": 0, "local": 1, "projections": "site"},
-        {"block": 3, "k": 2, "window": 3, "blocks": "raster", "first": 0, "local": 0},
-        {"block": 3, "k": 4, "compress": "mean", "choice": "shared", "window": 7},
-        {"k": 6, "first": 2, "local": 3, "blocks": "raster", "projections": "site"},
-    )
+        {"k": 4, "block": 3},
+        {"k": 5, "block": 2, "span": 2, "stride": 2},
+        {"k": 3, "block": 2, "span": 4, "first": 0, "local": 1, "projections": "site"},
+        {"block": 3, "k": 2, "window": 3, "blocks": "raster", "first": 0, "local": 0, "span": 2},
+        {"block": 3, "k": 4, "compress": "mean", "choice": "shared", "window": 7, "stride": 3},
+        {
+            "block": 2, "k": 6, "first": 2, "local": 3, "blocks": "raster", "projections": "site",
+            "span": 2, "stride": 1,
+        },
+    )  # fmt: skip
     needs = frozenset({"grid", "x"})
     gate_weight: nn.Parameter
     gate_bias: nn.Parameter
@@ -127,9 +146,28 @@ class Nsa(Mechanism):
         return frozenset(held if self.options.choice == "shared" else held | {"heads"})
 
     def check(self, layout: TokenLayout, head_dim: int) -> None:
-        o, at = self.options, f"(tokens {layout})"
+        o = self.options
+        if self.site is None:  # once they are built, blocks follow the grid
+            self._check_blocks(layout)
+        side = max(*layout.grid, *self._built(layout).grid)
+        odd(self, "window", o.window, side, ", with the query in its middle")
+
+    def _check_blocks(self, layout: TokenLayout) -> None:
+        o, at, whole = self.options, f"(tokens {layout})", max(layout.grid)
+        if o.blocks == "raster":
+            whole = math.isqrt(layout.patches - 1) + 1
+        most = max(whole, NsaOptions.span)
+        fits = min(max(1, o.stride), most), most
+        in_range(self, "span", o.span, 1, most, f"patches a side {at}", fits)
+        in_range(self, "stride", o.stride, 1, o.span, "patches of a span, or some are in none")
         if not 1 <= o.block <= NsaOptions.block:  # the others are to blame where blocks are small
-            self._check_block(layout)
+            # as many blocks as k, first and local ask for, if there can be that many
+            need = max(1, o.k, o.first + o.local)
+            need = need if need <= layout.patches else 1
+            sides = range(1, max(whole, NsaOptions.block) + 1)
+            most = max(side for side in sides if math.prod(self._cut(layout, side)[1]) >= need)
+            of = f"patches a side that leave {need} block{'s' * (need > 1)} {at}"
+            in_range(self, "block", o.block, 1, most, of)
         count = math.prod(self._cut(layout)[1])
         read = min(o.k, count)  # local and first that are too many shall fit in
         fits = 0, max(0, read - o.first)
@@ -138,39 +176,24 @@ class Nsa(Mechanism):
         in_range(self, "first", o.first, 0, count - o.local, of, fits)
         of = f"blocks, and no fewer than first + local, which it counts {at}"
         in_range(self, "k", o.k, max(1, o.first + o.local), count, of)
-        if o.window < 1 or o.window % 2 == 0:
-            raise MitaswapError(
-                f"{self.spec}: window={o.window} must be odd, with the query in its middle; use "
-                f"window={max(o.window + 1, 1)}"
-            )
-
-    def _check_block(self, layout: TokenLayout) -> None:
-        """As many blocks as k, first and local ask for, if there can be that many."""
-        o, built = self.options, self._built(layout)  # maps of its blocks fit smaller grids
-        whole = max(*layout.grid, *built.grid)
-        if o.blocks == "raster":
-            whole = math.isqrt(max(layout.patches, built.patches) - 1) + 1
-        sides = range(1, max(whole, NsaOptions.block) + 1)
-        need = max(1, o.k, o.first + o.local)
-        need = need if need <= layout.patches else 1
-        most = max(side for side in sides if math.prod(self._cut(layout, side)[1]) >= need)
-        of = f"patches a side that leave {need} block{'s' * (need > 1)} (tokens {layout})"
-        in_range(self, "block", o.block, 1, most, of)
 
     @classmethod
     def suggest(cls, layout: TokenLayout) -> dict[str, Value]:
-        o, count = NsaOptions, math.prod(-(-n // NsaOptions.block) for n in layout.grid)
-        if count > o.k:
+        o = NsaOptions
+        many, few = (math.prod(-(-n // side) for n in layout.grid) for side in (o.block, 2))
+        if many > o.k:
             return {}
-        if count < o.first + o.local:
-            return {"k": count, "first": 0, "local": 1}
-        return {"k": min(count, o.first + o.local + 1)}  # one that the query chooses
+        small: dict[str, Value] = {"block": 2, "span": 2, "stride": 2}
+        if few < o.first + o.local:
+            return {**small, "k": few, "first": 0, "local": 1}
+        # on the smallest grids one that the query chooses
+        return small if few > o.k else {**small, "k": min(few, o.first + o.local + 1)}
 
     def build(self, site: SiteShape) -> None:
         self.gate_weight = nn.Parameter(torch.zeros(3 * site.heads, site.width))
         self.gate_bias = nn.Parameter(torch.zeros(3 * site.heads))
         if self.options.compress == "mlp":
-            side = self.options.block
+            side = self.options.span
             raster = (1, side**2) if self.options.blocks == "raster" else (side, side)
             self.key_map = BlockMap(raster, site.head_dim)
             self.value_map = BlockMap(raster, site.value_dim)
@@ -182,20 +205,32 @@ class Nsa(Mechanism):
         o, layout, d, dv = self.options, site.layout, site.head_dim, site.value_dim
         patches, (grid, shape) = layout.patches, self._cut(layout)
         count, (size, ragged) = math.prod(shape), ragged_size(grid, shape)
+        small, slots = (
+            math.prod(n) for n in (self._spans(layout).shape, self._spans(layout).raster)
+        )
         flops = product_flops(patches, site.width, 3)  # gates
         if o.compress == "mlp":
-            flops += sum(product_flops(count, (size + 1) * n, n) for n in (d, dv))
-        flops += attend_flops(patches, count, d, dv) + special_flops(layout, d, dv)
+            flops += sum(product_flops(small, (slots + 1) * n, n) for n in (d, dv))
+        flops += attend_flops(patches, small, d, dv) + special_flops(layout, d, dv)
         if o.projections == "branch":
             tokens = layout.tokens
             flops += 3 * site.heads * sum(product_flops(tokens, n, n) for n in (d, dv))
             flops += 2 * attend_flops(patches, tokens - patches, d, dv)  # not once for all branches
         # a block holds patches / count keys on average: which blocks are chosen decides the rest
-        read = attend_flops(patches, patches * o.k, d, dv) // count
+        k = self._read(layout)[0]
+        read = attend_flops(patches, patches * k, d, dv) // count
         blocks, block = expert_blocks(patches, count)
-        padding = o.k * attend_flops(blocks * block, size, d + ragged, dv) - read
+        padding = k * attend_flops(blocks * block, size, d + ragged, dv) - read
         near, beside = near_flops(grid, self._radius, d, dv)
-        return self._cost(site, flops + read + near, count * (d + dv), padding + beside)
+        return self._cost(site, flops + read + near, small * (d + dv), padding + beside)
+
+    def _read(self, layout: TokenLayout) -> tuple[int, int, int]:
+        """Blocks that a query reads, and of these the initial and the local ones: as the options
+        say, or fewer on later grids that have fewer.
+        """
+        o, count = self.options, math.prod(self._cut(layout)[1])
+        k, local = min(o.k, count), min(o.local, count)
+        return k, min(o.first, k - local), local
 
     @property
     def _radius(self) -> tuple[int, int]:
@@ -216,32 +251,40 @@ class Nsa(Mechanism):
         raster = self.options.blocks == "raster"
         return runs(layout, b, device) if raster else cut(layout, (a, b), device)
 
+    def _spans(self, layout: TokenLayout) -> Spans:
+        """The compressed blocks."""
+        o, power = self.options, 2 if self.options.blocks == "raster" else 1
+        return spans(self._cut(layout)[0], o.span**power, o.stride**power)
+
     def _branches(self, x: Tensor, part: Literal["key", "value"]) -> list[Tensor]:
         """Keys or values x [B, H, N, D] of the compressed, the selected and the window branch."""
         maps: BranchMaps | None = getattr(self, f"{part}_projections", None)
         return [x, x, x] if maps is None else maps(x)
 
-    def _compress(self, x: Tensor, part: str, layout: TokenLayout, windows: Windows) -> Tensor:
-        """One token for each block of x [B, H, N, D]: [B, H, M, D]."""
+    def _compress(self, x: Tensor, part: str, layout: TokenLayout) -> Tensor:
+        """One token for each span of x [B, H, N, D]: [B, H, M, D]."""
+        cut = self._spans(layout)
+        slots = cut.slots(layout, x.device)
         if self.options.compress == "mean":
-            return windows.means(x)
-        (height, width), (a, b) = self._cut(layout)
+            return slots.means(x)
         learned: BlockMap = getattr(self, part)
-        return learned(x, windows, (-(-height // a), -(-width // b)))
+        return learned(x, slots, cut.raster)
 
     def _probe(
-        self, q: Tensor, keys: Tensor, values: Tensor, windows: Windows, scale: float
+        self, q: Tensor, keys: Tensor, values: Tensor, layout: TokenLayout, scale: float
     ) -> tuple[Branch, Tensor]:
         """The compressed branch of patch queries [B, H, P, D], and the blocks that they choose,
         best first: [B, H, P, k].
         """
-        o = self.options
-        fixed = windows.fixed(o.first, o.local)
+        small, shape = self._spans(layout), self._cut(layout)[1]
+        k, first, local = self._read(layout)
+        fixed = self._windows(layout, q.device).fixed(first, local)
 
-        def pick(rows: slice, importance: Tensor) -> Tensor:
-            if o.choice == "shared":
-                importance = importance.sum(dim=1, keepdim=True)
-            return best_with(importance, fixed[rows], o.k).expand(-1, q.shape[1], -1, -1)
+        def pick(rows: slice, weights: Tensor) -> Tensor:
+            if self.options.choice == "shared":
+                weights = weights.sum(dim=1, keepdim=True)
+            importance = small.shared_out(weights, shape)
+            return best_with(importance, fixed[rows], k).expand(-1, q.shape[1], -1, -1)
 
         return attend_and_pick(q, keys, values, scale, pick)
 
@@ -255,9 +298,9 @@ class Nsa(Mechanism):
         queries, special = split(q, layout)
         keys, values = self._branches(k, "key"), self._branches(v, "value")
 
-        small = self._compress(keys[0], "key_map", layout, windows)
-        small_values = self._compress(values[0], "value_map", layout, windows)
-        whole, chosen = self._probe(queries, small, small_values, windows, scale)
+        small = self._compress(keys[0], "key_map", layout)
+        small_values = self._compress(values[0], "value_map", layout)
+        whole, chosen = self._probe(queries, small, small_values, layout, scale)
         rows, blocks = windows.flag(queries, windows.split(keys[1]))
         held = windows.split(values[1])
         picked = [attend_experts(rows, blocks, held, index, scale) for index in chosen.unbind(-1)]
@@ -282,7 +325,7 @@ class Nsa(Mechanism):
             return self._twin(q, layout).route(q, k, layout=layout, scale=scale)
         q, k = (x.contiguous() for x in working(q, k))
         windows = self._windows(layout, q.device)
-        small = self._compress(self._branches(k, "key")[0], "key_map", layout, windows)
-        _, chosen = self._probe(split(q, layout)[0], small, small, windows, scale)
+        small = self._compress(self._branches(k, "key")[0], "key_map", layout)
+        _, chosen = self._probe(split(q, layout)[0], small, small, layout, scale)
         members = windows.index.masked_fill(~windows.inside, -1).expand(*q.shape[:2], -1, -1)
         return Routing(*special_routing(members, chosen, layout))

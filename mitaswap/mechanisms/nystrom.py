@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,13 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mitaswap.errors import MitaswapError
 from mitaswap.mechanisms._base import MECHANISMS, Mechanism, Options
 from mitaswap.mechanisms._card import Card, Cost, SiteShape
 from mitaswap.operators.counting import attend_flops, product_flops
 from mitaswap.operators.experts import attend
-from mitaswap.operators.pool import landmarks, pool_shape, pool_tokens
+from mitaswap.operators.pool import pool_shape, pool_tokens
 from mitaswap.operators.precision import outside_autocast, working
-from mitaswap.operators.ranges import at_least, in_range, odd
+from mitaswap.operators.ranges import in_range, odd
 from mitaswap.spec import Value
 from mitaswap.tokens import TokenLayout
 
@@ -77,7 +79,7 @@ class Nystrom(Mechanism):
         expert_count="1 shared",
         construction="landmark probing",
         topology="all-to-one",
-        source="Xiong et al. 2021, arXiv 2102.03902, Alg. 1 and Fig. 4",
+        source="Xiong et al. 2021, arXiv 2102.03902, Alg. 1 and Fig. 4 (not by equation)",
         cost="N m d + m^3",
         untrained="usable",
     )
@@ -120,12 +122,27 @@ class Nystrom(Mechanism):
         o = self.options
         windows = o.landmarks == "windows"
         most, of = (layout.patches, "patches") if windows else (layout.tokens, "tokens")
-        in_range(self, "m", o.m, 1, most, f"{of} (tokens {layout})")
-        at_least(self, "iterations", o.iterations, 1)
-        if windows:
-            pool_shape(o.m, layout.grid, asker=self)
+        if self.site is None:  # once it is settled, landmarks follow the grid
+            in_range(self, "m", o.m, 1, most, f"{of} (tokens {layout})")
+            self._shape(layout)
+        in_range(self, "iterations", o.iterations, 1, 100, "iterations that are allowed")
         length, why = self._built(layout).tokens, ", or the convolution is not centred"
         odd(self, "conv", o.conv, length, why, zero=True)
+
+    def _shape(self, layout: TokenLayout) -> tuple[int, int]:
+        """Rows and columns of the landmarks: m of them where they fit, else as many as tokens, or
+        as many rows and columns of windows as the grid has.
+        """
+        o = self.options
+        if o.landmarks == "segments":
+            return 1, min(o.m, layout.tokens)
+        try:
+            return pool_shape(o.m, layout.grid, asker=self)
+        except MitaswapError:
+            if self.site is None:
+                raise
+        built, grid = self._shape(self.site.layout), layout.grid
+        return min(built[0], grid[0]), min(built[1], grid[1])
 
     def build(self, site: SiteShape) -> None:
         if self.options.conv:
@@ -133,7 +150,7 @@ class Nystrom(Mechanism):
 
     def cost(self, site: SiteShape) -> Cost:
         o, n, d, dv = self.options, site.layout.tokens, site.head_dim, site.value_dim
-        m = o.m
+        m = math.prod(self._shape(site.layout))
         flops = 2 * attend_flops(n, m, d, dv)
         flops += product_flops(m, d, m) + product_flops(m, m, dv)
         if o.inverse == "iterative":
@@ -166,8 +183,8 @@ class Nystrom(Mechanism):
 
     def _landmarks(self, x: Tensor, layout: TokenLayout) -> Tensor:
         if self.options.landmarks == "windows":
-            return landmarks(x, layout, self.options.m)
-        return pool_tokens(x, 0, (1, layout.tokens), (1, self.options.m))
+            return pool_tokens(x, layout.prefix, layout.grid, self._shape(layout))
+        return pool_tokens(x, 0, (1, layout.tokens), self._shape(layout))
 
     def _inverse(self, core: Tensor) -> Tensor:
         if self.options.inverse == "exact":

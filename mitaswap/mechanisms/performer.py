@@ -15,8 +15,11 @@ from mitaswap.mechanisms._base import MECHANISMS, Mechanism, Options
 from mitaswap.mechanisms._card import Card, Cost, SiteShape
 from mitaswap.operators.counting import product_flops
 from mitaswap.operators.precision import outside_autocast, working
-from mitaswap.operators.ranges import at_least
+from mitaswap.operators.ranges import EPS, at_least, in_range, seeds
 from mitaswap.tokens import TokenLayout
+
+#: features for each channel that nobody needs more of
+MOST = 64
 
 
 @dataclass(frozen=True)
@@ -82,8 +85,12 @@ class Performer(Mechanism):
     )
 
     def check(self, layout: TokenLayout, head_dim: int) -> None:
-        at_least(self, "features", self.options.features, 0, "which stands for d ln d")
-        at_least(self, "eps", self.options.eps, 0)
+        # more than tokens, softmax attention itself would be cheaper; d ln d is always allowed
+        most = max(self._built(layout).tokens, MOST * head_dim)
+        of = f"features, {MOST} for each of the head's channels or one for each token"
+        in_range(self, "features", self.options.features, 0, most, of)
+        seeds(self, self.options.seed)
+        at_least(self, "eps", self.options.eps, 0, most=EPS)
 
     def _count(self, dim: int) -> int:
         return self.options.features or max(dim, int(dim * math.log(dim)))

@@ -18,7 +18,7 @@ from mitaswap.operators.counting import depthwise_flops, product_flops
 from mitaswap.operators.depthwise import convolved
 from mitaswap.operators.positions import with_positions
 from mitaswap.operators.precision import outside_autocast, working
-from mitaswap.operators.ranges import at_least, odd
+from mitaswap.operators.ranges import EPS, at_least, odd
 from mitaswap.tokens import TokenLayout
 
 
@@ -119,8 +119,9 @@ class Polaformer(Mechanism):
         return frozenset(held)
 
     def check(self, layout: TokenLayout, head_dim: int) -> None:
-        at_least(self, "alpha", self.options.alpha, 0, "as exponents are at least 1")
-        at_least(self, "eps", self.options.eps, 0)
+        limit = "or powers overflow"
+        at_least(self, "alpha", self.options.alpha, 0, "as exponents are at least 1", 16, limit)
+        at_least(self, "eps", self.options.eps, 0, most=EPS)
         side, why = max(self._built(layout).grid), ", or the convolution is not centred"
         odd(self, "conv", self.options.conv, side, why, zero=True)
 

@@ -17,7 +17,7 @@ from mitaswap.operators.chosen import attend_all
 from mitaswap.operators.counting import attend_flops, product_flops
 from mitaswap.operators.experts import Branch
 from mitaswap.operators.pool import pool_tokens
-from mitaswap.operators.ranges import at_least, in_range
+from mitaswap.operators.ranges import in_range
 from mitaswap.operators.special import split
 from mitaswap.tokens import TokenLayout
 
@@ -117,11 +117,14 @@ class Pvt(Mechanism):
 
     def check(self, layout: TokenLayout, head_dim: int) -> None:
         o, side = self.options, min(layout.grid)
-        if o.reduction == "conv":
-            of = f"patches along the grid's smaller side (tokens {layout})"
-            in_range(self, "r", o.r, 1, side, of)
-        else:
-            at_least(self, "size", o.size, 1)
+        if self.site is None:  # once it is built, windows follow the grid
+            # the option that is not in use may be the default on any grid
+            conv, of = o.reduction == "conv", f"(tokens {layout})"
+            small = side if conv else max(side, PvtOptions.r)
+            in_range(self, "r", o.r, 1, small, f"patches along the grid's smaller side {of}")
+            large, least = max(*layout.grid, PvtOptions.size), PvtOptions.size
+            of = f"patches along the grid's longer side, or {least} on smaller grids {of}"
+            in_range(self, "size", o.size, 1, large, of)
 
     def build(self, site: SiteShape) -> None:
         o, heads = self.options, site.heads

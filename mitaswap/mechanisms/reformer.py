@@ -19,7 +19,7 @@ from mitaswap.operators.counting import attend_flops, product_flops
 from mitaswap.operators.experts import Branch, merge, take
 from mitaswap.operators.masked import attend_masked, fallback
 from mitaswap.operators.precision import outside_autocast, working
-from mitaswap.operators.ranges import at_least, in_range
+from mitaswap.operators.ranges import in_range, seeds
 from mitaswap.spec import Value
 from mitaswap.tokens import TokenLayout
 
@@ -103,12 +103,16 @@ class Reformer(Mechanism):
     def check(self, layout: TokenLayout, head_dim: int) -> None:
         o = self.options
         in_range(self, "chunk", o.chunk, 1, layout.tokens, f"tokens (tokens {layout})")
-        if o.buckets < 0 or o.buckets % 2:
+        built = self._built(layout)
+        of = f"buckets, two for each token (tokens {built})"
+        in_range(self, "buckets", o.buckets, 0, 2 * built.tokens, of)
+        if o.buckets % 2:
             raise MitaswapError(
                 f"{self.spec}: buckets={o.buckets} must be even (each rotation gives two), or 0 "
-                f"for 2 N / chunk; use buckets={max(o.buckets + 1, 0)}"
+                f"for 2 N / chunk; use buckets={o.buckets + 1}"
             )
-        at_least(self, "rounds", o.rounds, 1)
+        in_range(self, "rounds", o.rounds, 1, 64, "rounds that are allowed")
+        seeds(self, o.seed)
 
     @classmethod
     def suggest(cls, layout: TokenLayout) -> dict[str, Value]:

@@ -64,7 +64,7 @@ class Spark(Mechanism):
         expert_count="N",
         construction="light-weight skim",
         topology="N times one-to-one",
-        source="You et al. 2025, arXiv 2506.06644, Sec. 2 and 3",
+        source="You et al. 2025, arXiv 2506.06644, Sec. 2 and 3 (cited by section)",
         cost="N^2 r + N k d",
         untrained="needs finetuning",
     )

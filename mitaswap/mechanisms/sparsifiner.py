@@ -28,6 +28,9 @@ from mitaswap.operators.tables import down_and_up, on_grid
 from mitaswap.spec import Value
 from mitaswap.tokens import TokenLayout
 
+#: channels of its own that the prediction may have where heads are narrower
+CHANNELS = 128
+
 
 @dataclass(frozen=True)
 class SparsifinerOptions(Options):
@@ -103,7 +106,7 @@ class Sparsifiner(Mechanism):
         expert_count="N",
         construction="light-weight skim",
         topology="N times one-to-one",
-        source="Wei et al. 2023, arXiv 2303.13755, Sec. 3",
+        source="Wei et al. 2023, arXiv 2303.13755, Sec. 3 (cited by section)",
         cost="N^2 + N (n + k) d",
         untrained="usable",
     )
@@ -149,13 +152,15 @@ class Sparsifiner(Mechanism):
     def check(self, layout: TokenLayout, head_dim: int) -> None:
         o, special = self.options, layout.tokens - layout.patches
         inside = o.special == "inside"
-        if inside:
-            of = f"tokens, and no fewer than the special ones, which it counts (tokens {layout})"
-            in_range(self, "k", o.k, max(1, special), layout.tokens, of)
-        else:
-            in_range(self, "k", o.k, 1, layout.patches, f"patches (tokens {layout})")
-        for name in ("channels", "threshold", "coefficient_threshold"):
-            at_least(self, name, getattr(o, name), 0)
+        if self.site is None:  # once it is built, k follows the grid
+            of = ", and no fewer than the special ones, which it counts" if inside else ""
+            kind, least = ("tokens", max(1, special)) if inside else ("patches", 1)
+            most = layout.tokens if inside else layout.patches
+            in_range(self, "k", o.k, least, most, f"{kind}{of} (tokens {layout})")
+        limit = "or as many as a head has"
+        at_least(self, "channels", o.channels, 0, most=max(head_dim, CHANNELS), limit=limit)
+        for name in ("threshold", "coefficient_threshold"):
+            at_least(self, name, getattr(o, name), 0, most=1, limit="as weights sum to one")
         built = self._built(layout)
         if inside and special != (held := built.tokens - built.patches):
             raise MitaswapError(
@@ -192,12 +197,17 @@ class Sparsifiner(Mechanism):
                 for name in ("channel_q", "channel_k"):
                     self.register_parameter(f"{name}{part}", nn.Parameter(table.clone()))
 
+    def _k(self, layout: TokenLayout) -> int:
+        """Keys that each patch reads, of those that it chooses among."""
+        inside = self.options.special == "inside"
+        return min(self.options.k, layout.tokens if inside else layout.patches)
+
     def cost(self, site: SiteShape) -> Cost:
         o, layout, d, dv = self.options, site.layout, site.head_dim, site.value_dim
-        patches, c = layout.patches, o.channels or d
+        patches, c, k = layout.patches, o.channels or d, self._k(layout)
         keys = layout.tokens if o.special == "inside" else patches
         flops = product_flops(o.n, keys, c) + product_flops(patches, c, o.n)
-        flops += product_flops(patches, o.coefficients, keys) + attend_flops(patches, o.k, d, dv)
+        flops += product_flops(patches, o.coefficients, keys) + attend_flops(patches, k, d, dv)
         if o.channels:
             flops += product_flops(patches + keys, d, c)
         if o.special == "inside":
@@ -206,7 +216,7 @@ class Sparsifiner(Mechanism):
             flops += special_flops(layout, d, dv)
         # the reference makes whole rows of coefficients and of scores
         padding = product_flops(patches, o.n - o.coefficients, keys)
-        padding += attend_flops(patches, keys - o.k, d, dv)
+        padding += attend_flops(patches, keys - k, d, dv)
         return self._cost(site, flops, o.n * c, padding)
 
     def _coefficients(self, q: Tensor, k: Tensor, layout: TokenLayout, scale: float) -> Tensor:
@@ -250,7 +260,7 @@ class Sparsifiner(Mechanism):
         basis, inside = self._basis(layout, q.dtype), self.options.special == "inside"
 
         def choose(rows: slice, logits: Tensor) -> Tensor:
-            return keep_top(logits, coefficients[:, :, rows] @ basis, self.options.k)
+            return keep_top(logits, coefficients[:, :, rows] @ basis, self._k(layout))
 
         queries, special = split(q, layout)
         keys, values = (k, v) if inside else (split(x, layout)[0] for x in (k, v))
@@ -267,6 +277,6 @@ class Sparsifiner(Mechanism):
         coefficients = self._coefficients(q, k, layout, scale)
         basis = self._basis(layout, q.dtype)
         scores = (coefficients[:, :, rows] @ basis for rows in chunks(layout.patches))
-        kept = torch.cat([top_indices(x, self.options.k) for x in scores], dim=2)
+        kept = torch.cat([top_indices(x, self._k(layout)) for x in scores], dim=2)
         members = members_of_each(kept, layout, apart=self.options.special == "apart")
         return Routing(members, own_choice(members))

@@ -51,7 +51,7 @@ class Topk(Mechanism):
         expert_count="N",
         construction="exact scores",
         topology="N times one-to-one",
-        source="Wang et al. 2022 (KVT), arXiv 2106.00515, Sec. 3.2",
+        source="Wang et al. 2022 (KVT), arXiv 2106.00515, Sec. 3.2 (cited by section)",
         cost="N^2 d",
         untrained="usable",
     )

@@ -19,7 +19,7 @@ from mitaswap.operators.counting import product_flops
 from mitaswap.operators.heads import norm_over_heads
 from mitaswap.operators.inner import EPS, InnerModel
 from mitaswap.operators.precision import outside_autocast, working
-from mitaswap.operators.ranges import at_least
+from mitaswap.operators.ranges import at_least, in_range
 from mitaswap.operators.rotary import turned_in_sequence
 from mitaswap.tokens import TokenLayout
 
@@ -40,11 +40,12 @@ class TttOptions(Options):
         rate: `learned` multiplies eta by sigmoid(w x + b) for each token of the attention module's
             input x, as the paper does; `constant` does not, and needs no x.
         norm: f(x) = x + LN(f_res(x)), the paper's; false: f = f_res.
-        step: `mean` averages the inner loss over features and over the tokens of a step, as the
-            authors' code does; `sum` adds them up, as the paper prints it, and diverges easily.
+        step: `sum` adds the inner loss up over features and over the tokens of a step, as the paper
+            prints it; `mean` takes half of its average over both, as the authors' code does, a step
+            2 * batch * Dv times smaller.
         bias: biases of the inner model's layers, which the inner steps train like its weights.
         positions: learned factors of the inner step: what the tokens of a mini-batch up to its
-            i-th teach counts max(0, 1 / i + offset_i) times (`step=sum`: 1 + offset_i).
+            i-th teach counts max(0, 1 + offset_i) times (`step=mean`: 1 / i + offset_i).
         rope: rotary embedding of queries and keys by their position within the mini-batch.
         output_norm: LayerNorm of the output over the channels of all heads.
         gelu: of the MLP; `tanh` approximates it.
@@ -57,7 +58,7 @@ class TttOptions(Options):
     eta: float = 0.0
     rate: Literal["learned", "constant"] = "learned"
     norm: bool = True
-    step: Literal["mean", "sum"] = "mean"
+    step: Literal["sum", "mean"] = "sum"
     bias: bool = False
     positions: bool = False
     rope: bool = False
@@ -76,10 +77,11 @@ class Ttt(Mechanism):
 
     With `norm=false,batch=0` this is linear attention without a normaliser (the paper's Theorem 1).
 
-    With `positions`, W_t = W - max(0, 1 / i + offset_i) (sum of the steps of the first i tokens of
-    t's mini-batch). With `order=all` no query is read in the middle of a mini-batch, so only the
-    factors of last positions act, each on a whole step. `rope` turns channels (2j, 2j + 1) by (t
-    mod batch) 10000^(-2j / D), also in the x of x + LN(f_res(x)); of an odd D the last one stays.
+    With `positions`, W_t = W - max(0, s_i + offset_i) (sum of the steps of the first i tokens of
+    t's mini-batch), s_i = 1, or 1 / i with `step=mean`. With `order=all` no query is read in the
+    middle of a mini-batch, so only the factors of last positions act, each on a whole step. `rope`
+    turns channels (2j, 2j + 1) by (t mod batch) 10000^(-2j / D), also in the x of x + LN(f_res(x));
+    of an odd D the last one stays.
 
     Parameters:
         weight: [H, D, Dv], W0 of the linear model; or
@@ -110,11 +112,11 @@ class Ttt(Mechanism):
         {"inner": "mlp", "ratio": 2, "batch": 20},
         {"order": "causal", "rate": "constant"},
         {"norm": False, "batch": 0, "rate": "constant"},
-        {"inner": "mlp", "batch": 0, "step": "sum", "eta": 0.01},
-        {"bias": True, "batch": 0},
+        {"inner": "mlp", "batch": 0, "eta": 0.01},
+        {"bias": True, "batch": 0, "step": "mean"},
         {"order": "causal", "positions": True, "batch": 20},
         {"norm": False, "batch": 0, "rate": "constant", "rope": True},
-        {"norm": False, "batch": 0, "step": "sum", "output_norm": True},
+        {"norm": False, "batch": 0, "output_norm": True},
         {
             "inner": "mlp", "ratio": 2, "order": "causal", "bias": True, "positions": True,
             "rope": True, "output_norm": True, "gelu": "tanh",
@@ -147,9 +149,10 @@ class Ttt(Mechanism):
 
     def check(self, layout: TokenLayout, head_dim: int) -> None:
         o = self.options
-        at_least(self, "batch", o.batch, 0)
-        at_least(self, "ratio", o.ratio, 1)
-        at_least(self, "eta", o.eta, 0)
+        most = max(layout.tokens, self._built(layout).tokens, 1024)
+        in_range(self, "batch", o.batch, 0, most, "tokens at a time that can be of use")
+        in_range(self, "ratio", o.ratio, 1, 64, "times head_dim that are allowed")
+        at_least(self, "eta", o.eta, 0, most=100, limit="or inner steps overflow")
         if o.order == "causal" and o.batch == 0:
             raise MitaswapError(
                 f"{self.spec}: order=causal compares all queries of a mini-batch with its keys, "

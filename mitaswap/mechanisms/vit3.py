@@ -127,7 +127,7 @@ class Vit3(Mechanism):
         return 1 if self.options.conv == "extra" else heads - self._gated(heads)
 
     def check(self, layout: TokenLayout, head_dim: int) -> None:
-        at_least(self, "lr", self.options.lr, 0)
+        at_least(self, "lr", self.options.lr, 0, most=10_000, limit="or outputs overflow")
         if self.options.rope and self.options.conv == "all":
             raise MitaswapError(
                 f"{self.spec}: rope=true turns queries and keys of heads with a gated unit, and "

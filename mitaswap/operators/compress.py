@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mitaswap.operators.windows import Windows
+from mitaswap.operators.windows import Slots
 
 
 class BlockMap(nn.Module):
@@ -35,7 +35,7 @@ class BlockMap(nn.Module):
         self.weight_out = nn.Parameter(torch.zeros(width, width))
         self.bias_out = nn.Parameter(torch.zeros(width))
 
-    def forward(self, x: Tensor, windows: Windows, raster: tuple[int, int]) -> Tensor:
+    def forward(self, x: Tensor, windows: Slots, raster: tuple[int, int]) -> Tensor:
         """One token for each of the windows of x [B, H, N, width], whose slots are `raster`: [B, H,
         M, width].
         """

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from mitaswap.operators.experts import Branch
 
-#: queries whose scores with all keys exist at once: the number of keys grows with N
-ROWS = 256
+#: pairs of a query and a key, for each head, whose scores exist at once: keys may grow with N
+PAIRS = 2**18
 
 
 def attend_and_pick(
@@ -28,8 +28,9 @@ def attend_and_pick(
         Output and log-sum-exp, as of `experts.attend`, and what was picked, [B, H, Q, s].
     """
     found: list[tuple[Tensor, Tensor, Tensor]] = []
-    for start in range(0, q.shape[2], ROWS):
-        rows = slice(start, min(start + ROWS, q.shape[2]))
+    many = max(1, PAIRS // k.shape[2])
+    for start in range(0, q.shape[2], many):
+        rows = slice(start, min(start + many, q.shape[2]))
         scores = (q[:, :, rows] * scale) @ k.transpose(-1, -2)
         lse, weights = scores.logsumexp(dim=-1, keepdim=True), scores.softmax(dim=-1)
         found.append((weights @ v, lse, pick(rows, weights.detach())))

@@ -12,6 +12,12 @@ Number = int | float
 #: the widest kernel that a paper has by default: allowed on any grid
 WIDE = 33
 
+#: the largest eps: it is added to sums whose terms are about one
+EPS = 1_000_000
+
+#: the largest seed that every generator takes
+SEED = 2**63 - 1
+
 
 class Asker(Protocol):
     """Whose options they are: errors begin with its call string."""
@@ -47,13 +53,40 @@ def in_range(
         )
 
 
-def at_least(asker: Asker, name: str, value: Number, low: Number, why: str = "") -> None:
-    """Raise `MitaswapError` unless low <= value < infinity; `why`, if any, follows the limit."""
-    if not low <= value < float("inf"):
+def at_least(
+    asker: Asker,
+    name: str,
+    value: Number,
+    low: Number,
+    why: str = "",
+    most: Number = float("inf"),
+    limit: str = "",
+) -> None:
+    """Raise `MitaswapError` unless low <= value <= most, and finite.
+
+    Args:
+        asker: whose option it is.
+        name, value: the option.
+        low: smallest value allowed.
+        why: if any, what follows this limit.
+        most: where numbers cease to be of use: above it sums overflow, or memory does.
+        limit: if any, what follows that limit.
+    """
+    if low <= value <= most and value < float("inf"):  # written so that nan is refused too
+        return
+    if value > most:
         raise MitaswapError(
-            f"{asker.spec}: {name}={value} must be {low} or more{why and f', {why}'}; use "
-            f"{name}={low}"
+            f"{asker.spec}: {name}={value} must be at most {most}{limit and f', {limit}'}; use "
+            f"{name}={most}"
         )
+    raise MitaswapError(
+        f"{asker.spec}: {name}={value} must be {low} or more{why and f', {why}'}; use {name}={low}"
+    )
+
+
+def seeds(asker: Asker, value: int) -> None:
+    """Raise `MitaswapError` unless a generator takes `value`."""
+    in_range(asker, "seed", value, 0, SEED, "that a generator takes")
 
 
 def odd(asker: Asker, name: str, value: int, length: int, why: str, zero: bool = False) -> None:

@@ -13,8 +13,8 @@ from mitaswap.tokens import TokenLayout
 
 
 @dataclass(frozen=True)
-class Windows:
-    """M windows of at most L patches each; together they hold every patch exactly once.
+class Slots:
+    """M windows of at most L patches each, which may overlap.
 
     A window smaller than the largest has fillers among its L slots: they repeat one of its own
     patches and are marked as not `inside`.
@@ -22,15 +22,11 @@ class Windows:
     Args:
         index: token position of every slot, int64 [M, L].
         inside: whether a slot is a patch of its window and no filler, bool [M, L].
-        owner: window of every patch, in raster order, int64 [patches].
-        slot: where every patch sits among the M * L slots, int64 [patches].
         ragged: whether there are fillers at all.
     """
 
     index: Tensor
     inside: Tensor
-    owner: Tensor
-    slot: Tensor
     ragged: bool
 
     @property
@@ -43,23 +39,9 @@ class Windows:
         """Slots in each window, L."""
         return self.index.shape[1]
 
-    def fixed(self, initial: int, local: int) -> Tensor:
-        """Windows that every patch reads whatever its scores: the `initial` first ones, its own and
-        the local - 1 before it (the first one again where there are none): int64 [patches, initial
-        + local], the same window perhaps twice.
-        """
-        first = torch.arange(initial, device=self.owner.device)
-        back = torch.arange(local, device=self.owner.device)
-        own = (self.owner[:, None] - back).clamp(min=0)
-        return torch.cat([first.expand(own.shape[0], -1), own], dim=-1)
-
     def split(self, x: Tensor) -> Tensor:
         """The windows' rows of x [B, H, N, D], fillers among them: [B, H, M, L, D]."""
         return x.index_select(2, self.index.flatten()).unflatten(2, self.index.shape)
-
-    def join(self, x: Tensor) -> Tensor:
-        """The patches of x [B, H, M, L, D] in raster order, without fillers: [B, H, patches, D]."""
-        return x.flatten(2, 3).index_select(2, self.slot)
 
     def means(self, x: Tensor) -> Tensor:
         """Average of each window's patches of x [B, H, N, D]: [B, H, M, D]."""
@@ -83,6 +65,33 @@ class Windows:
         column = torch.zeros_like(self.inside, dtype=k.dtype).masked_fill(~self.inside, lowest)
         column = column[..., None].expand(*k.shape[:-1], 1)
         return torch.cat([q, torch.ones_like(q[..., :1])], -1), torch.cat([k, column], -1)
+
+
+@dataclass(frozen=True)
+class Windows(Slots):
+    """Windows that together hold every patch exactly once.
+
+    Args:
+        owner: window of every patch, in raster order, int64 [patches].
+        slot: where every patch sits among the M * L slots, int64 [patches].
+    """
+
+    owner: Tensor
+    slot: Tensor
+
+    def fixed(self, initial: int, local: int) -> Tensor:
+        """Windows that every patch reads whatever its scores: the `initial` first ones, its own and
+        the local - 1 before it (the first one again where there are none): int64 [patches, initial
+        + local], the same window perhaps twice.
+        """
+        first = torch.arange(initial, device=self.owner.device)
+        back = torch.arange(local, device=self.owner.device)
+        own = (self.owner[:, None] - back).clamp(min=0)
+        return torch.cat([first.expand(own.shape[0], -1), own], dim=-1)
+
+    def join(self, x: Tensor) -> Tensor:
+        """The patches of x [B, H, M, L, D] in raster order, without fillers: [B, H, patches, D]."""
+        return x.flatten(2, 3).index_select(2, self.slot)
 
 
 def cut(layout: TokenLayout, shape: tuple[int, int], device: torch.device) -> Windows:
@@ -119,17 +128,31 @@ def _cut(
     rows, row_inside, band, row_slot = _bands(height, a, device)
     columns, column_inside, stripe, column_slot = _bands(width, b, device)
     tall, wide = rows.shape[1], columns.shape[1]
-    index = layout.prefix + rows[:, None, :, None] * width + columns[None, :, None, :]
-    inside = row_inside[:, None, :, None] & column_inside[None, :, None, :]
+    index, inside = crossed(layout.prefix, width, (rows, row_inside), (columns, column_inside))
     owner = band[:, None] * b + stripe
     slot = owner * (tall * wide) + row_slot[:, None] * wide + column_slot
-    return Windows(
-        index.reshape(a * b, tall * wide),
-        inside.reshape(a * b, tall * wide),
-        owner.flatten(),
-        slot.flatten(),
-        ragged=bool(height % a or width % b),
-    )
+    ragged = bool(height % a or width % b)
+    return Windows(index, inside, ragged, owner.flatten(), slot.flatten())
+
+
+def places(start: Tensor, end: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Positions [bands, most] of every band from `start` up to `end`, and which of them are no
+    fillers.
+    """
+    place = torch.arange(most, device=start.device)
+    inside = place < (end - start)[:, None]
+    return torch.minimum(start[:, None] + place, end[:, None] - 1), inside
+
+
+def crossed(
+    prefix: int, width: int, rows: tuple[Tensor, Tensor], columns: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """`index` and `inside` of the windows where bands of rows and of columns cross, each given by
+    its `places`, on a grid of `width` columns behind `prefix` tokens.
+    """
+    index = prefix + rows[0][:, None, :, None] * width + columns[0][None, :, None, :]
+    inside = rows[1][:, None, :, None] & columns[1][None, :, None, :]
+    return index.flatten(2).flatten(0, 1), inside.flatten(2).flatten(0, 1)
 
 
 def _bands(length: int, parts: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -138,9 +161,7 @@ def _bands(length: int, parts: int, device: torch.device) -> tuple[Tensor, Tenso
     """
     number = torch.arange(parts, device=device)
     start, end = number * length // parts, (number + 1) * length // parts
-    place = torch.arange(-(-length // parts), device=device)
-    inside = place < (end - start)[:, None]
-    position = torch.minimum(start[:, None] + place, end[:, None] - 1)
+    position, inside = places(start, end, -(-length // parts))
     each = torch.arange(length, device=device)
     band = ((each + 1) * parts - 1) // length  # the last band that starts at or before it
     return position, inside, band, each - band * length // parts

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from mitaswap.errors import MitaswapError, SwapError
 from mitaswap.mechanisms import MECHANISMS, Mechanism, SiteShape, mechanism
@@ -77,7 +77,11 @@ def _without_grid(site: Site, spec: Spec) -> str:
 
 
 def fit(
-    spec: Spec, site: Site, built: TokenLayout | None = None, equal: dict[Any, Any] | None = None
+    spec: Spec,
+    site: Site,
+    built: TokenLayout | None = None,
+    equal: dict[Any, Any] | None = None,
+    weight: Tensor | None = None,
 ) -> Mechanism:
     """A mechanism settled at a site.
 
@@ -85,12 +89,19 @@ def fit(
         built: the layout that learned parts are created for where it is not the site's.
         equal: options and shapes of other sites by value, for those that are equal to be the same
             objects: what the layers have in common, a compiled model looks at only once.
+        weight: one of the network's, if it stays on its device: kernels are asked for there.
 
     Raises:
         SwapError: it cannot honour what the site brings, or its options do not fit; names the site
             and the mechanism.
     """
-    part, equal = mechanism(spec), {} if equal is None else equal
+    equal = {} if equal is None else equal
+    try:
+        part = mechanism(spec)
+    except MitaswapError as error:
+        if spec.name not in MECHANISMS:  # of no site's making
+            raise
+        raise SwapError(f"{site.path}: {error}") from None
     for inner in part.modules():
         if isinstance(inner, Mechanism):
             inner.options = equal.setdefault(inner.options, inner.options)
@@ -103,6 +114,8 @@ def fit(
     assert site.layout is not None
     shape = SiteShape(site.heads, site.head_dim, built or site.layout, site.value_dim, site.width)
     try:
+        if weight is not None:
+            part.check_kernel(shape, weight.device, weight.dtype)
         part.attach(equal.setdefault(shape, shape))
         part.check(site.layout, site.head_dim)
     except MitaswapError as error:

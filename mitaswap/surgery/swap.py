@@ -105,8 +105,10 @@ def swap(
         )
     chosen = assign(model, recipe, sites)
     equal: dict[Any, Any] = {}
+    weight = next(model.parameters(), None)
     parts = {
-        site.path: fit(spec, site, (built or {}).get(site.path), equal) for site, spec in chosen
+        site.path: fit(spec, site, (built or {}).get(site.path), equal, weight)
+        for site, spec in chosen
     }
     try:
         _install(model, [site for site, _ in chosen], parts)

@@ -157,6 +157,9 @@ CASES = [
     Case("dat", dat()),
     Case("dat", dat(), TokenLayout(0, (4, 3)), 24),
     Case("dat(stride=3)", dat(3), TALL),
+    # 3 * 96 channels are 2.25 groups of 128: three, of the divisors of three heads
+    Case("dat(kernel=3)", dat(kernel=3, groups=3), WIDE, 96),
+    Case("dat(groups=1,kernel=3)", dat(kernel=3), WIDE, 96),
     Case("dat(stride=1,bias=false)", dat(1, bias=False), DEEP),
     Case("dat(stride=3,groups=3)", dat(3, groups=3), TALL),
     Case("dat(stride=3,kernel=3,groups=3)", dat(3, groups=3, kernel=3), WIDE, scale=0.6),
@@ -175,6 +178,7 @@ CASES = [
 NEAR_MISSES = {
     "half a cell off": Case("dat", dat(half_cell=True)),
     "points shared by all heads": Case("dat(groups=3)", dat(groups=3, one_set=True)),
+    "one set of points for many channels": Case("dat", dat(groups=3, one_set=True), WIDE, 96),
     "no tanh": Case("dat", dat(limit=False)),
     "clamped points": Case("dat", dat(reach=0)),
     "key minus query in the table": Case("dat", dat(table_mirrored=True), DEEP),

@@ -15,6 +15,7 @@ from mitaswap.mechanisms._wrapper import WRAPPERS, Wrapper
 from mitaswap.operators.experts import Branch, merge
 from mitaswap.operators.neighbourhood import attend_near, near_flops
 from mitaswap.operators.precision import outside_autocast, working
+from mitaswap.operators.ranges import odd
 from mitaswap.operators.special import join, split
 from mitaswap.tokens import TokenLayout
 
@@ -83,11 +84,8 @@ class Window(Wrapper):
 
     def check(self, layout: TokenLayout, head_dim: int) -> None:
         super().check(layout, head_dim)
-        if self.options.size < 1 or self.options.size % 2 == 0:
-            raise MitaswapError(
-                f"{self.spec}: size={self.options.size} must be odd, with the query in its middle; "
-                f"use size={max(self.options.size + 1, 1)}"
-            )
+        side = max(*layout.grid, *self._built(layout).grid)
+        odd(self, "size", self.options.size, side, ", with the query in its middle")
 
     def build(self, site: SiteShape) -> None:
         if self.options.mix == "gate":
