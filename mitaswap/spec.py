@@ -235,7 +235,9 @@ def match_layers(pattern: str, paths: Sequence[str]) -> list[str]:
         numbers = re.fullmatch(r"(\d+)(?:-(\d+))?", item)
         if numbers:
             first, last = int(numbers[1]), int(numbers[2] or numbers[1])
-            if first > last or last >= len(paths):
+            if first > last:
+                raise MitaswapError(f"layer range {item!r} is reversed; write {last}-{first}")
+            if last >= len(paths):
                 raise MitaswapError(
                     f"layer pattern {item!r} is outside the model's {len(paths)} sites "
                     f"(0-{len(paths) - 1})"

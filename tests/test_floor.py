@@ -156,7 +156,7 @@ def test_patterns_name_layers(pattern: str, hits: list[int]) -> None:
     [
         ("12", "layer pattern '12' is outside the model's 12 sites (0-11)"),
         ("0-12", "layer pattern '0-12' is outside the model's 12 sites (0-11)"),
-        ("5-2", "layer pattern '5-2' is outside the model's 12 sites (0-11)"),
+        ("5-2", "layer range '5-2' is reversed; write 2-5"),
         (
             "0,block.3.attn",
             "unknown layer pattern 'block.3.attn'. Did you mean 'blocks.3.attn'? Allowed: "
