@@ -156,8 +156,8 @@ def attend_forward(
     tile = 16 if routed and tokens * s <= 32 * m else 64
     tiles = s * tokens // tile + m if routed else ceil(tokens, tile)
     half, widest = q.element_size() == 2, max(m, top)
-    fits = widest <= (64 if half and block_d <= 64 else 32) and block_d <= 128
-    if routed and s == 1 and tokens <= 4096 and fits:
+    narrow = widest <= (64 if half and block_d <= 64 else 32) and block_d <= 128
+    if routed and s == 1 and tokens <= 4096 and narrow:
         programs = max(4, tokens // (128 if tokens <= 2048 else 256))
         walk_kernel[(bh * programs,)](
             q, k, v, saved.marks, saved.values, saved.members, saved.starts, saved.order, out,

@@ -33,7 +33,8 @@ LEAST_SCALE = 1e-4
 def fits(q: Tensor, sizes: Sizes, scale: float, again: float) -> bool:
     """Whether these kernels take such a call; what they do not take is for `mita_backward`.
 
-    Experts are bits of one number. Head dims other than 64 have not been right on every device.
+    Experts are bits of one number. Another head dim (40) read illegal addresses on a device in an
+    earlier form of these kernels, so only 64 is taken.
     """
     half = q.dtype in (torch.float16, torch.bfloat16)
     few = q.shape[2] <= 256 and sizes.m <= 32 and q.shape[3] == 64
