@@ -35,7 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mitaswap import TokenLayout, mechanism
-from mitaswap.mechanisms import MECHANISMS, Mechanism, SiteShape, Wrapper
+from mitaswap.mechanisms import MECHANISMS, Mechanism, Routing, SiteShape, Wrapper
 
 FEW = settings(max_examples=5, deadline=None, derandomize=True)
 
@@ -87,20 +87,35 @@ def test_low_precision(spec: str, dtype: torch.dtype, layout: TokenLayout, dim: 
     assert out.dtype == dtype
     wide = [x.double() for x in (q, k, v)]
     want = attend(part, *wide, layout)
-    if part.routes:  # equal choices, or the outputs may differ by whole values
-        ours = part.route(q, k, layout=layout, scale=dim**-0.5)
-        exact = part.route(*wide[:2], layout=layout, scale=dim**-0.5)
-        assert ours is not None and exact is not None
-        assert torch.equal(ours.members, exact.members) and torch.equal(ours.choice, exact.choice)
+    chose = torch.ones(want.shape[:-1], dtype=torch.bool)
+    if part.routes:  # where queries chose alike, or the outputs may differ by whole values
+        routings = [part.route(*x, layout=layout, scale=dim**-0.5) for x in ((q, k), wide[:2])]
+        chose = chose_alike(*routings)
+        assert chose.double().mean() > 0.98  # near ties fall one way or the other
+        moved = torch.zeros(())
+    else:  # what a rounding of the inputs moves: an ill-conditioned formula's own share
+        eps, noises = torch.finfo(torch.float32).eps, draw(layout, dim=dim, seed=1)
+        near = [x * (1 + eps * noise) for x, noise in zip(wide, noises, strict=True)]
+        moved = (attend(part, *near, layout) - want).abs().amax(dim=(-2, -1), keepdim=True)
     # torch's own softmax attention may round its weights to the input's dtype; ours do not
     inner = dtype if part.name == "standard" else torch.float32
     terms = 2 if inner != torch.float32 else dim + layout.tokens
     # sums that are no averages may cancel: their terms are larger than what is left
     largest = v.abs().max().double() if "convex" in part.traits else 30 * want.abs().max()
-    room = terms * torch.finfo(inner).eps * largest + torch.finfo(dtype).eps / 2 * want.abs()
+    room = terms * (torch.finfo(inner).eps * largest + moved)
+    room = room + torch.finfo(dtype).eps / 2 * want.abs()
     if isinstance(part, Wrapper):  # the inner mechanism's output was rounded before
         room = room + torch.finfo(dtype).eps / 2 * largest
-    assert ((out.double() - want).abs() <= room).all()
+    assert ((out.double() - want).abs() <= room)[chose].all()
+
+
+def chose_alike(one: Routing | None, other: Routing | None) -> Tensor:
+    """Whether a query has the same experts in both, with the same keys: bool [B, H, N]."""
+    assert one is not None and other is not None
+    keys = (one.members == other.members).all(dim=-1)  # [B, H, M]
+    experts = (one.choice == other.choice).all(dim=-1)
+    held = one.choice.clamp_min(0)  # -1 is no expert
+    return experts & keys.gather(2, held.flatten(2)).view_as(held).all(dim=-1)
 
 
 @each
