@@ -211,10 +211,60 @@ def test_short_sequences_take_their_own_backward(monkeypatch: pytest.MonkeyPatch
 
     taken = []
     whole = mita_plan.short_backward
-    monkeypatch.setattr(mita_plan, "short_backward", lambda *a: taken.append(1) or whole(*a))
+    monkeypatch.setattr(
+        mita_plan, "short_backward", lambda *a, **kw: taken.append(1) or whole(*a, **kw)
+    )
     case = Case("mita(m=9,k=7)", TokenLayout(1, (6, 7)), 64, torch.float16)
     agree(case)
     assert taken
+
+
+@on_interpreter
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("mita(m=6,k=5,s=2)", TokenLayout(1, (7, 8), 1), 16, projected=True, batch=3),
+        Case("mita(m=6,k=5)", TokenLayout(1, (7, 8)), 24, torch.float16, batch=1, heads=3),
+        Case("mita(m=9,k=7)", TokenLayout(1, (6, 7)), 64, torch.float16, True, batch=2),
+        Case("mita(m=8,k=5,variant=compress-only)", TokenLayout(0, (5, 9)), 16, batch=2),
+    ],
+    ids=["batch", "heads", "short", "compress-only"],
+)
+def test_halves_of_a_call_are_the_whole(
+    case: Case, poisoned: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mitaswap.kernels import halves
+
+    inputs = tensors(case)
+    whole, _ = both(case, *inputs)
+    monkeypatch.setattr(halves, "LEAST", 0)
+    parts, _ = both(case, *inputs)
+    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+
+
+@on_interpreter
+@pytest.mark.parametrize("kind", ["normal", "equal", "zeros", "wide", "tiny", "infinite", "nan"])
+def test_the_largest_are_chosen_by_value_then_position(kind: str) -> None:
+    from chosen_rows import choose
+
+    generator = torch.Generator().manual_seed(0)
+    for size in (1, 2, 31, 64, 100):
+        x = torch.randn(size, generator=generator)
+        x = {
+            "normal": x,
+            "equal": x.round(),
+            "zeros": torch.where(x > 0, 0.0, -0.0),
+            "wide": torch.exp(30 * x) * x.sign(),
+            "tiny": x * 1e-42,
+            "infinite": torch.where(x > 1, float("inf"), torch.where(x < -1, -float("inf"), x)),
+            "nan": torch.where(x > 0, float("nan"), x),
+        }[kind]
+        for count in {1, size // 3, size} - {0}:
+            chosen = choose(x, count)
+            assert chosen.sum() == count  # also of what is no number, or places stay unwritten
+            if kind != "nan":
+                first = sorted(range(size), key=lambda i: (-float(x[i]), i))[:count]
+                assert chosen.nonzero().flatten().tolist() == sorted(first)
 
 
 @on_interpreter

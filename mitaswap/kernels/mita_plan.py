@@ -1,4 +1,5 @@
-"""MiTA's plan of launches, forward and backward; none of them waits for the host.
+"""MiTA's plan of launches, forward and backward; none of them waits for the host. Large calls go in
+two halves.
 
 Forward, four or five: pool (landmarks), probe (landmark scores and V~ of all keys, routes of all
 queries), settle (top-k, V~ from its parts, counting sort of the queries), attend.
@@ -9,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mitaswap.kernels.halves import Part, in_halves
 from mitaswap.kernels.mita_attend import attend_kernel, merge_kernel
 from mitaswap.kernels.mita_backward import (
     expert_backward_kernel,
@@ -66,12 +68,16 @@ def pool_parts(bh: int, tokens: int, m: int) -> int:
     return max(1, min(ceil(1024, bh * m), tokens // m // 64, 16))
 
 
-def _probe(q: Tensor, k: Tensor, v: Tensor, sizes: Sizes, scale: float, saved: Saved) -> None:
-    """Fill `saved` (but lse): everything that comes before the attention."""
+def _probe(
+    q: Tensor, k: Tensor, v: Tensor, sizes: Sizes, scale: float, saved: Saved, every: int
+) -> None:
+    """Fill `saved` (but lse): everything that comes before the attention. `every`: heads of the
+    whole call (of all images), which decide how sums are cut, so that halves sum alike.
+    """
     batch, heads, tokens, dim = q.shape
     bh, m, top, s = batch * heads, sizes.m, sizes.top, sizes.s
     block_d = power(dim, 16)
-    parts = pool_parts(bh, tokens, m)
+    parts = pool_parts(every, tokens, m)
     marks = saved.exact
     # landmarks as sums of terms in q's dtype, so that tensor cores multiply them about exactly
     rest = q.new_empty({torch.float32: 0, torch.float16: 1}.get(q.dtype, 2), bh, m, dim)
@@ -146,11 +152,25 @@ def attend_forward(
     """The output [B, H, N, D] and what the backward needs (`save`: the log-sum-exps too)."""
     q, k, v = readable(q), readable(k), readable(v)
     saved, out = empty_saved(q, sizes), like(q)
+
+    def run(part: Part) -> None:
+        mine = Saved(*(part.flat(x) for x in saved))
+        a, b, c = part.of(q), part.of(k), part.of(v)
+        _probe(a, b, c, sizes, scale, mine, len(saved.lse))
+        _attend(a, b, c, part.of(out), mine, sizes, scale, again, save)
+
+    if q.shape[0] * q.shape[1]:
+        in_halves(q, run)
+    return out, saved
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, saved: Saved, sizes: Sizes, scale: float,
+    again: float, save: bool,
+) -> None:  # fmt: skip
+    """Write the output [B, H, N, D] and `saved.lse` from what `_probe` left."""
     batch, heads, tokens, dim = q.shape
     bh, m, top, s = batch * heads, sizes.m, sizes.top, sizes.s
-    if not bh:
-        return out, saved
-    _probe(q, k, v, sizes, scale, saved)
     block_d, routed = power(dim, 16), bool(top)
     # between the two, tiles of 32 would fit better, but are slower than either
     tile = 16 if routed and tokens * s <= 32 * m else 64
@@ -158,7 +178,7 @@ def attend_forward(
     half, widest = q.element_size() == 2, max(m, top)
     narrow = widest <= (64 if half and block_d <= 64 else 32) and block_d <= 128
     if routed and s == 1 and tokens <= 4096 and narrow:
-        programs = max(4, tokens // (128 if tokens <= 2048 else 256))
+        programs = max(4, tokens // 256)
         walk_kernel[(bh * programs,)](
             q, k, v, saved.marks, saved.values, saved.members, saved.starts, saved.order, out,
             saved.lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
@@ -167,7 +187,7 @@ def attend_forward(
             BLOCK_K=power(top, 16), SHARED=bool(sizes.shared), SAVE=save,
             num_warps=4 if tile > 16 else 1, num_stages=3 if half else 1,
         )  # fmt: skip
-        return out, saved
+        return
     several = routed and s > 1
     into, lse, part = out, saved.lse, 0
     if several:
@@ -189,7 +209,6 @@ def attend_forward(
             into, lse, out, saved.lse, *out.stride()[:3], heads, tokens, bh, tiles,
             S=s, D=dim, BLOCK_D=block_d, BLOCK_N=64,
         )  # fmt: skip
-    return out, saved
 
 
 def attend_backward(
@@ -199,12 +218,30 @@ def attend_backward(
     """Gradients of q, k and v, each laid out like its tensor."""
     q, k, v, grad = readable(q), readable(k), readable(v), readable(grad)
     dq, dk, dv = (like(x) for x in (q, k, v))
+
+    short = fits(q, sizes, scale, again)
+
+    def run(part: Part) -> None:
+        mine = Saved(*(part.flat(x) for x in saved))
+        given = [part.of(x) for x in (grad, q, k, v, out, dq, dk, dv)]
+        if short:
+            short_backward(*given, saved=mine, sizes=sizes, scale=scale, again=again)
+        else:
+            every = len(saved.lse)
+            _backward(*given, saved=mine, sizes=sizes, scale=scale, again=again, every=every)
+
+    if q.shape[0] * q.shape[1]:
+        in_halves(q, run)
+    return dq, dk, dv
+
+
+def _backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
+    *, saved: Saved, sizes: Sizes, scale: float, again: float, every: int,
+) -> None:  # fmt: skip
+    """Write dq, dk, dv. `every`: heads of the whole call, as in `_probe`."""
     batch, heads, tokens, dim = q.shape
     bh, m, top, s = batch * heads, sizes.m, sizes.top, sizes.s if sizes.top else 1
-    if not bh:
-        return dq, dk, dv
-    if fits(q, sizes, scale, again):
-        return short_backward(grad, q, k, v, out, saved, sizes, scale, again)
     block_d, routed, shared = power(dim, 16), bool(top), bool(sizes.shared)
     wide = q.dtype == torch.float32 or block_d > 64
     block_m = min(power(m, 16), 32 if wide else 64)
@@ -212,7 +249,7 @@ def attend_backward(
     block_n = 32 if wide else 64
     tile = min(block_n, attend_tile(tokens, m, s)) if routed else 32
     # enough programs to fill the device, each with a whole number of blocks
-    share = block_n * max(1, min(16, bh * tokens // (block_n * 1024)))
+    share = block_n * max(1, min(16, every * tokens // (block_n * 1024)))
     splits = ceil(tokens, share)
     parts = _floats(q, 2, bh, splits, m, dim if shared else 0)
     delta = _floats(q, bh, tokens)
@@ -267,4 +304,3 @@ def attend_backward(
     )  # fmt: skip
     if s > 1:
         dq.copy_(into.sum(0))
-    return dq, dk, dv

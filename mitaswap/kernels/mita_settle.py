@@ -18,27 +18,35 @@ from mitaswap.kernels.mita_parts import (
 @triton.jit
 def largest(x, ok, K):
     """Mask of the K largest of x (1-D) where ok; among equals the first. At least K must be ok."""
-    key = tl.where(ok, order_key(x), -2147483648)
-    # invariant: count(key >= low) >= K > count(key > high); the K-th largest lies between
-    low = tl.min(tl.where(ok, key, 2147483647), 0)
-    high = tl.max(key, 0)
+    x = tl.where(ok, x, float("-inf"))
+    # invariant: count(x >= low) >= K > count(x >= high); halve the range of values, where real
+    # scores are spread evenly, until exactly K are left above or nothing is between
+    low = tl.min(tl.where(ok, x, float("inf")), 0)
+    high = key_value(order_key(tl.max(x, 0)) + 1)
     turn = 0
-    while low < high:
-        # halve the range of values first, where real scores are spread evenly; then the range of
+    while turn < 20:
+        guess = 0.5 * low + 0.5 * high
+        between = (guess > low) & (guess < high)
+        count = tl.sum((x >= guess).to(tl.int32), 0)
+        low = tl.where(between & (count >= K), guess, low)
+        high = tl.where(between & (count < K), guess, high)
+        turn = tl.where(between & (count != K), turn + 1, 20)
+    chosen = ok & (x >= low)
+    found = tl.sum(chosen.to(tl.int32), 0)
+    if found != K:
+        # equals at the K-th place, too wide a range, or fewer numbers than K: halve the range of
         # keys, which ends for sure
-        guess = order_key(0.5 * key_value(low) + 0.5 * key_value(high))
-        if turn >= 20:
-            guess = (low | high) - ((low ^ high) >> 1)  # half way up, without overflow
-        guess = tl.minimum(tl.maximum(guess, low + 1), high)
-        count = tl.sum((key >= guess).to(tl.int32), 0)
-        low = tl.where(count >= K, guess, low)
-        high = tl.where(count > K, high, tl.where(count == K, guess, guess - 1))
-        turn += 1
-    chosen = ok & (key >= low)
-    if tl.sum(chosen.to(tl.int32), 0) > K:
-        tied = ok & (key == low)
-        room = K - tl.sum((ok & (key > low)).to(tl.int32), 0)
-        chosen = chosen & ((key > low) | (tl.cumsum(tied.to(tl.int32), 0) <= room))
+        key = tl.where(ok, order_key(x), -2147483648)
+        least = tl.where(found > K, order_key(low), tl.min(tl.where(ok, key, 2147483647), 0))
+        most = tl.max(key, 0)
+        while least < most:
+            guess = (least | most) - ((least ^ most) >> 1)  # half way up, without overflow
+            enough = tl.sum((key >= guess).to(tl.int32), 0) >= K
+            least = tl.where(enough, guess, least)
+            most = tl.where(enough, most, guess - 1)
+        tied = ok & (key == least)
+        room = K - tl.sum((ok & (key > least)).to(tl.int32), 0)
+        chosen = ok & ((key > least) | (tied & (tl.cumsum(tied.to(tl.int32), 0) <= room)))
     return chosen
 
 

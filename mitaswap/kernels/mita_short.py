@@ -22,7 +22,7 @@ from mitaswap.kernels.mita_parts import (
     split,
     store_rows,
 )
-from mitaswap.kernels.tiles import ceil, like, power
+from mitaswap.kernels.tiles import ceil, power
 
 #: of each side of the product that masks keys: its square is far below all scores
 FAR: tl.constexpr = tl.constexpr(60000.0)
@@ -274,11 +274,10 @@ def short_queries_kernel(
 
 
 def short_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, saved: Saved, sizes: Sizes,
-    scale: float, again: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k and v, each laid out like its tensor, where `fits` says so."""
-    dq, dk, dv = (like(x) for x in (q, k, v))
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
+    *, saved: Saved, sizes: Sizes, scale: float, again: float,
+) -> None:  # fmt: skip
+    """Write the gradients of q, k and v, where `fits` says so."""
     batch, heads, tokens, dim = q.shape
     bh, m, shared = batch * heads, sizes.m, bool(sizes.shared)
     block_m, block_n, tile = 32, power(tokens, 64), 64
@@ -301,4 +300,3 @@ def short_backward(
         sizes.first, sizes.height, sizes.width, sizes.a, sizes.b, scale, again,
         D=dim, BLOCK_M=block_m, BLOCK_N=block_n, T=tile, SHARED=shared, num_warps=4, num_stages=2,
     )  # fmt: skip
-    return dq, dk, dv

@@ -44,7 +44,10 @@ def pool_shape(
             f"{front}{count} {what} do not fit a {height}x{width} grid as a x b windows; "
             f"the nearest count that does is {nearest_count(count, grid, least)}"
         )
-    best = min(fitting, key=lambda ab: _elongation(height * ab[1], width * ab[0]))
+    best = fitting[0]
+    for a, b in fitting:  # not min(key=...), which torch 2.11 cannot trace at sizes that vary
+        if _elongation(height * b, width * a) < _elongation(height * best[1], width * best[0]):
+            best = (a, b)
     if pool == "auto":
         return best
     asked = re.fullmatch(r"([0-9]+)x([0-9]+)", pool)
