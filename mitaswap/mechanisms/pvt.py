@@ -62,8 +62,8 @@ class Pvt(Mechanism):
     r x r patches of a window (row by row) and their channels, the last index, in one row of r r C
     numbers. With place=after the projections come first, SR(X_P W_K) and SR'(X_P W_V), and keys and
     values have a W and a Norm each, of H D channels. Without Norm and until W is trained that is
-    the same. Behind the projections Norm changes every score and every value of a pretrained
-    network.
+    the same. In either place Norm changes every score and every value of a pretrained network;
+    norm=false leaves it out.
 
     With pooling SR(X) is the average of each adaptive window, or, as PVTv2's code has it,
     GELU(Norm(average W)).
@@ -75,15 +75,15 @@ class Pvt(Mechanism):
 
     A network that this is swapped into still makes keys and values of all its patches, which
     place=before does not read; and a fused projection of queries, keys and values makes queries of
-    the reduced rows too. Neither is in the cost, which is the formula's.
+    the reduced rows too. Neither is in the mechanism's cost, which is the formula's.
 
     Parameters (W / r^2 are the weights of a strided convolution), one set for keys and values:
         reduction: W, [1, r r C, C], or [H, r r C / H, C / H] for mix=head; an identity for each
             patch of the window, so that SR starts as the average. pool-conv has r = 1, pool none.
         norm_weight, norm_bias: of Norm, [1, C], or [H, C / H] for mix=head; 1 and 0. Not with
             norm=false or reduction=pool.
-    With place=after key_reduction, key_norm_weight, key_norm_bias, value_reduction, ... of H D and
-    H Dv channels in the place of C.
+        key_reduction, key_norm_weight, key_norm_bias, value_reduction, ...: with place=after, of
+            H D and H Dv channels in the place of C.
     """
 
     options_type = PvtOptions
