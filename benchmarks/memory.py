@@ -12,12 +12,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from core import DIM, HEADS, resident
 from rich.console import Console
 from rich.table import Table
 from timing import write_rows
+from torch import Tensor
 
 from mitaswap import Spec, TokenLayout, mechanism
 from mitaswap.mechanisms import MECHANISMS, Mechanism
@@ -54,10 +56,24 @@ def peak(spec: Spec, tokens: int) -> float:
     part = mechanism(spec)
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, HEADS, tokens, DIM, generator=generator) for _ in range(3))
-    extra = {"x": torch.randn(1, tokens, HEADS * DIM)} if "x" in part.needs else {}
+    extra = _extra(part, tokens)
     _warm(part)
     with torch.inference_mode():
         return resident(lambda: part(q, k, v, layout=layout, **extra))
+
+
+def _extra(part: Mechanism, tokens: int) -> dict[str, Any]:
+    """What a mechanism is handed besides q, k and v, of random numbers."""
+    width = HEADS * DIM
+    extra: dict[str, Any] = {"x": torch.randn(1, tokens, width)} if "x" in part.needs else {}
+    if "project" in part.needs:
+        weight = torch.randn(width, 2 * width) * width**-0.5
+
+        def project(rows: Tensor) -> tuple[Tensor, ...]:
+            return (rows @ weight).unflatten(2, (2, HEADS, DIM)).permute(2, 0, 3, 1, 4).unbind()
+
+        extra["project"] = project
+    return extra
 
 
 def _warm(part: Mechanism) -> None:
@@ -65,7 +81,7 @@ def _warm(part: Mechanism) -> None:
     layout = TokenLayout(0, (16, 16))
     small = mechanism(Spec(part.name, type(part).suggest(layout)))
     q = torch.randn(1, HEADS, layout.tokens, DIM)
-    extra = {"x": torch.randn(1, layout.tokens, HEADS * DIM)} if "x" in small.needs else {}
+    extra = _extra(small, layout.tokens)
     with torch.inference_mode():
         small(q, q, q, layout=layout, **extra)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mitaswap import Spec, TokenLayout, mechanism
 from mitaswap.errors import MitaswapError
-from mitaswap.mechanisms import MECHANISMS, WRAPPERS, Mechanism, Wrapper
+from mitaswap.mechanisms import MECHANISMS, WRAPPERS, Mechanism, SiteShape, Wrapper
 
 
 def wraps(spec: str) -> bool:
@@ -82,10 +82,40 @@ def draw(
 def attend(
     part: Mechanism, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout = LAYOUT, **more: Any
 ) -> Tensor:
-    """Call a mechanism; one that needs the module's input gets the queries of all heads for it."""
-    if "x" in part.needs:
-        more["x"] = q.transpose(1, 2).flatten(2)
-    return part(q, k, v, layout=layout, **more)
+    """Call a mechanism, with what it needs of a module besides q, k and v."""
+    return part(q, k, v, layout=layout, **given_to(part, q, k, v), **more)
+
+
+def given_to(part: Mechanism, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]:
+    """What a mechanism is handed besides q, k and v: as the module's input the queries of all
+    heads. For one that needs the projections the input holds q, k and v of all heads side by side,
+    and the projections are a product with a 0/1 matrix that takes k and v out of it again.
+    """
+    if "project" not in part.needs:
+        return {"x": side_by_side(q)} if "x" in part.needs else {}
+    heads, columns = q.shape[1], [side_by_side(t) for t in (q, k, v)]
+    x, widths = torch.cat(columns, dim=2), [t.shape[2] for t in columns]
+    chosen = torch.eye(sum(widths), dtype=x.dtype, device=x.device)[:, widths[0] :]
+
+    def project(rows: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = (rows @ chosen.to(rows.dtype)).split(widths[1:], dim=2)
+        keys, values = (y.unflatten(2, (heads, -1)).transpose(1, 2) for y in (keys, values))
+        return keys, values
+
+    return {"x": x, "project": project}
+
+
+def side_by_side(x: Tensor) -> Tensor:
+    """[B, H, N, D] as [B, N, H D]."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def site_of(
+    part: Mechanism, layout: TokenLayout = LAYOUT, heads: int = 3, dim: int = 8
+) -> SiteShape:
+    """The site that `attend` is, for q, k and v of these sizes."""
+    width = 3 * heads * dim if "project" in part.needs else 0
+    return SiteShape(heads, dim, layout, width=width)
 
 
 def featured(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:

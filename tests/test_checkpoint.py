@@ -392,8 +392,15 @@ def test_an_existing_directory_survives_a_full_disk(
     assert list(tmp_path.iterdir()) == [to_mita]
 
 
+def two_heads_of_it(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Projections that are identities."""
+    heads = rows.unflatten(2, (2, -1)).transpose(1, 2)
+    return heads, heads
+
+
 LEARNED = [name for name in MECHANISMS.names() if learned_numbers(mitaswap.mechanism(name))] + [
     "agent(n=6,bias=true)",
+    "pvt(place=after)",
     "reformer(chunk=8)",
     "linear+dwc",
     "standard+gate(per=head)",
@@ -425,5 +432,7 @@ def test_learned_parts_are_loaded_at_other_image_sizes(spec: str, tmp_path: Path
             at = TokenLayout(1, grid)
             q, k, v = torch.randn(3, 2, 2, at.tokens, 12, generator=generator)
             extra = {"x": torch.randn(2, at.tokens, 24)} if "x" in part.needs else {}
+            if "project" in part.needs:
+                extra["project"] = two_heads_of_it
             want = part(q, k, v, layout=at, **extra)
             assert torch.equal(again(q, k, v, layout=at, **extra), want)

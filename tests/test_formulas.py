@@ -12,6 +12,7 @@ from importlib import import_module
 import formulas
 import pytest
 import torch
+import torch.nn.functional as F
 from formulas._case import Case, Inputs
 from torch import Tensor
 
@@ -54,6 +55,17 @@ def value_and_gradients(out: Tensor, leaves: list[Tensor]) -> list[Tensor]:
     ]
 
 
+def projections(case: Case, width: int) -> dict[str, Tensor]:
+    """Random projections of the module, as `Inputs` has them."""
+    columns = 3 * case.dim
+    shapes = {"weight": (width, columns), "bias": (columns,)}
+    return {
+        f"{part}_{name}": torch.randn(shape, dtype=torch.float64).requires_grad_()
+        for part in ("key", "value")
+        for name, shape in shapes.items()
+    }
+
+
 def both(case: Case) -> tuple[list[str], list[Tensor], list[Tensor]]:
     """Names, then output and gradients of the mechanism, and of the transcription."""
     q, k, v = draw(case)
@@ -66,11 +78,17 @@ def both(case: Case) -> tuple[list[str], list[Tensor], list[Tensor]]:
         for parameter in part.parameters():
             parameter += 0.3 * torch.randn_like(parameter)
     params = dict(part.named_parameters())
-    extra = {"x": x} if "x" in part.needs else {}
+    own = projections(case, x.shape[2]) if "project" in part.needs else {}
+
+    def project(rows: Tensor) -> list[Tensor]:
+        made = (F.linear(rows, own[f"{y}_weight"].T, own[f"{y}_bias"]) for y in ("key", "value"))
+        return [y.unflatten(2, (3, case.dim)).transpose(1, 2) for y in made]
+
+    extra = {name: y for name, y in (("x", x), ("project", project)) if name in part.needs}
     got = part(q, k, v, layout=case.layout, scale=scale, **extra)
-    want = case.formula(Inputs(q, k, v, scale, case.layout, x, params))
-    leaves = [q, k, v, x, *params.values()]
-    names = ["output", "dq", "dk", "dv", "dx", *(f"d{name}" for name in params)]
+    want = case.formula(Inputs(q, k, v, scale, case.layout, x, params, own))
+    leaves = [q, k, v, x, *params.values(), *own.values()]
+    names = ["output", "dq", "dk", "dv", "dx", *(f"d{name}" for name in (*params, *own))]
     return names, value_and_gradients(got, leaves), value_and_gradients(want, leaves)
 
 

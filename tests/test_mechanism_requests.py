@@ -9,7 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from attention_laws import LAYOUT, LAYOUTS, SPECS, accepted, attend, draw, each, innermost, same
+from attention_laws import (
+    LAYOUT,
+    LAYOUTS,
+    SPECS,
+    accepted,
+    attend,
+    draw,
+    each,
+    given_to,
+    innermost,
+    same,
+    site_of,
+)
 from formulas.mhla import started
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -575,7 +587,7 @@ def test_unknown_extras(spec: str) -> None:
         mechanism(spec)(q, k, v, layout=LAYOUT, attn_mas=None)
     assert str(error.value) == (
         "unknown argument of an attention call 'attn_mas'. Did you mean 'attn_mask'? "
-        "Allowed: attn_mask, dropout_p, is_causal, x."
+        "Allowed: attn_mask, dropout_p, is_causal, project, x."
     )
 
 
@@ -645,7 +657,8 @@ def test_card_and_options_are_complete(name: str) -> None:
         assert sample.keys() <= options.keys()
         part = mechanism(Spec(name, sample))
         part.check(LAYOUT, 8)
-        assert part.traits <= TRAITS.keys() and part.needs <= {"grid", "x"}
+        assert part.traits <= TRAITS.keys() and part.needs <= {"grid", "x", "project"}
+        assert "project" not in part.needs or "x" in part.needs
 
 
 GRIDS = [TokenLayout(1, grid) for grid in
@@ -672,15 +685,16 @@ def test_cost_is_what_a_counter_sees(spec: str) -> None:
         counted = FlopCounterMode(display=False)
         with sdpa_kernel(SDPBackend.MATH), counted, torch.no_grad():
             attend(part, q, k, v, layout)
-        cost = part.cost(SiteShape(3, 16, layout))
+        cost = part.cost(site_of(part, layout, dim=16))
         assert cost.flops + cost.padding == pytest.approx(counted.get_total_flops(), rel=0.01)
         assert cost.bytes() == 2 * cost.moved >= 2 * 4 * q.numel()
 
 
 @each
 def test_no_fewer_flops_for_more_tokens(spec: str) -> None:
+    part = mechanism(spec)
     layouts = accepted(spec, [TokenLayout(1, (side, side)) for side in (7, 14, 28)])
-    costs = [mechanism(spec).cost(SiteShape(3, 16, layout)) for layout in layouts]
+    costs = [part.cost(site_of(part, layout, dim=16)) for layout in layouts]
     assert [c.flops for c in costs] == sorted({c.flops for c in costs})
 
 
@@ -696,6 +710,49 @@ def test_x_is_asked_for(spec: str) -> None:
             f"{part.spec} needs the attention module's input x, [B, N, C] = [2, 57, C], "
             f"got {text}; call it with x=..., or swap it into a model, which hands x over"
         )
+
+
+@pytest.mark.parametrize("spec", [s for s in SPECS if "project" in mechanism(s).needs])
+def test_projections_are_asked_for(spec: str) -> None:
+    part = mechanism(spec)
+    q, k, v = draw()
+    x = given_to(part, q, k, v)["x"]
+    for wrong, text in (({}, "none"), ({"project": None}, "NoneType"), ({"project": x}, "Tensor")):
+        with pytest.raises(MitaswapError) as error:
+            part(q, k, v, layout=LAYOUT, x=x, **wrong)
+        use = part.spec.with_options(**part.unprojected)
+        assert str(error.value) == (
+            f"{part.spec} needs the attention module's key and value projections, project(rows "
+            f"[B, M, C]) -> keys, values [B, H, M, D], got {text}; call it with project=..., or "
+            f"swap it into a model, which hands them over, or use {use}"
+        )
+        assert mechanism(use)(q, k, v, layout=LAYOUT).shape == v.shape
+    assert part.site is None
+
+
+def test_what_needs_projections_names_options_that_do_not() -> None:
+    for name, cls in MECHANISMS.items():
+        for sample in cls.samples:
+            part = mechanism(Spec(name, sample))
+            other = mechanism(part.spec.with_options(**part.unprojected))
+            assert "project" not in other.needs
+    assert str(mechanism("pvt+gate").unprojected) == "{'place': 'after'}"
+
+
+@pytest.mark.parametrize("mix", ["width", "head"])
+@pytest.mark.parametrize("reduction", ["conv", "pool-conv", "pool"])
+def test_groups_of_the_input_are_asked_for(reduction: str, mix: str) -> None:
+    part = mechanism(f"pvt(reduction={reduction},mix={mix})")
+    site = SiteShape(3, 8, TokenLayout(1, (14, 14)), width=50)
+    if (reduction, mix) in (("conv", "head"), ("pool-conv", "head")):
+        with pytest.raises(MitaswapError) as error:
+            part.check_site(site)
+        assert str(error.value) == (
+            f"{part.spec} cuts the input's channels into one group per head, and 50 channels are "
+            "no multiple of 3 heads; use mix=width"
+        )
+        part = mechanism(part.spec.with_options(mix="width"))
+    part.attach(site)
 
 
 @each
@@ -716,7 +773,7 @@ def test_defaults_are_the_papers() -> None:
     assert str(mechanism("agent").spec) == "agent(n=49)"
     assert str(mechanism("moba(own=true)").spec) == "moba(n=14)"
     assert str(mechanism("reformer(share_qk=true,chunk=8)").spec) == "reformer(buckets=0,chunk=8)"
-    assert str(mechanism("pvt(norm=true)").spec) == "pvt"
+    assert str(mechanism("pvt(norm=true,place=before)").spec) == "pvt"
     assert str(mechanism("nystrom(conv=33)").spec) == "nystrom(m=49)"
     assert str(mechanism("nsa(first=1,local=2,projections=branch)").spec) == "nsa"
     assert str(mechanism("nsa(block=4,k=6,span=3,stride=2)").spec) == "nsa"

@@ -25,8 +25,10 @@ from attention_laws import (
     draw,
     each,
     featured,
+    given_to,
     innermost,
     same,
+    site_of,
 )
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -35,7 +37,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mitaswap import TokenLayout, mechanism
-from mitaswap.mechanisms import MECHANISMS, Mechanism, Routing, SiteShape, Wrapper
+from mitaswap.mechanisms import MECHANISMS, Mechanism, Routing, Wrapper
 
 FEW = settings(max_examples=5, deadline=None, derandomize=True)
 
@@ -199,7 +201,7 @@ def test_attaching_in_other_modes(spec: str) -> None:
         attend(part, q, k, v).sum().backward()
     part = mechanism(spec)
     with torch.device("meta"):
-        part.attach(SiteShape(3, 8, LAYOUT))
+        part.attach(site_of(part))
     same(attend(part.double(), q, k, v), want)
 
 
@@ -211,7 +213,7 @@ def test_a_site_settles_a_mechanism(spec: str) -> None:
     one.route(q, k, layout=LAYOUT, scale=0.4)
     assert one.site is None
     attend(one, q, k, v)
-    other.attach(SiteShape(3, 8, LAYOUT))
+    other.attach(site_of(other))
     other.double()
     layout = TokenLayout(1, (9, 10))
     if accepts(spec, layout):
@@ -238,7 +240,7 @@ def test_batch_elements_are_independent(spec: str) -> None:
 def learned(part: Mechanism, layout: TokenLayout = LAYOUT, dim: int = 8) -> Mechanism:
     """Attached, its learned parts moved off their start."""
     if part.site is None:
-        part.attach(SiteShape(3, dim, layout))
+        part.attach(site_of(part, layout, dim=dim))
     part.double()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -249,7 +251,7 @@ def learned(part: Mechanism, layout: TokenLayout = LAYOUT, dim: int = 8) -> Mech
 
 def has_parts(spec: str) -> bool:
     part = mechanism(spec)
-    part.attach(SiteShape(3, 8, LAYOUT))
+    part.attach(site_of(part))
     return any(True for _ in part.parameters())
 
 
@@ -282,10 +284,10 @@ def test_learned_parts_follow_the_grid(spec: str) -> None:
             assert out.isfinite().all()
             routing = part.route(*tensors[:2], layout=layout, scale=0.4)
             assert routing is None or routing.members.max() < layout.tokens
-            assert part.cost(SiteShape(3, 8, layout)).flops > 0
+            assert part.cost(site_of(part, layout)).flops > 0
     assert torch.equal(attend(part, q, k, v), first)
     with pytest.raises(Exception, match="is attached already"):
-        part.attach(SiteShape(3, 8, LAYOUT))
+        part.attach(site_of(part))
 
 
 @pytest.mark.parametrize("spec", LEARNED)
@@ -399,9 +401,9 @@ def test_gradcheck_of_learned_parts(spec: str) -> None:
     layout = TokenLayout(1, (7, 7))
     tensors = draw(layout, 1, 2, 3)
     part = mechanism(spec)
-    part.attach(SiteShape(2, 3, layout))
+    part.attach(site_of(part, layout, 2, 3))
     names, leaves = zip(*learned(part).named_parameters(), strict=True)
-    extra = {"x": tensors[0].transpose(1, 2).flatten(2)} if "x" in part.needs else {}
+    extra = given_to(part, *tensors)
 
     def run(*values: Tensor) -> Tensor:
         state = dict(zip(names, values, strict=True))

@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
-from attention_laws import LAYOUT, accepted, attend, draw, each, featured, innermost
+from attention_laws import LAYOUT, accepted, attend, draw, each, featured, innermost, site_of
 from torch import Tensor
 
 from mitaswap import TokenLayout, mechanism
-from mitaswap.mechanisms import TRAITS, SiteShape
+from mitaswap.mechanisms import TRAITS
 
 SPECIAL = [TokenLayout(3, (7, 8), suffix=2), TokenLayout(3, (8, 8), suffix=2), LAYOUT]
 ODD = [TokenLayout(2, (9, 10)), TokenLayout(2, (7, 9)), TokenLayout(0, (8, 8)), LAYOUT]
@@ -167,7 +167,8 @@ def test_scale(spec: str) -> None:
 
 @each
 def test_every_pair_is_what_is_paid_for(spec: str) -> None:
-    part, site = mechanism(spec), SiteShape(3, 8, LAYOUT)
+    part = mechanism(spec)
+    site = site_of(part)
     pairs = site.heads * LAYOUT.tokens**2
     if "every-pair" in part.traits:
         assert part.cost(site).flops >= 2 * pairs

@@ -88,6 +88,27 @@ class Inputs:
         return cls(q, k, v, read, grad)
 
 
+def projecting(
+    shape: CoreShape, dtype: torch.dtype | None = None
+) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """What stands in for a network's key and value projections: products with random numbers, the
+    same for all mechanisms, rounded to the shape's dtype. `dtype` is what they are computed in
+    where it is another one.
+    """
+    site, made = shape.site, torch.Generator().manual_seed(shape.seed + 2**16)
+    widths = [site.heads * site.head_dim, site.heads * site.value_dim]
+    drawn = torch.randn(site.width, sum(widths), generator=made) * site.width**-0.5
+    weight = drawn.to(shape.device, shape.dtype).to(dtype or shape.dtype)
+
+    def project(rows: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = (rows.to(weight.dtype) @ weight).to(rows.dtype).split(widths, dim=2)
+        keys = keys.unflatten(2, (site.heads, -1)).transpose(1, 2)
+        values = values.unflatten(2, (site.heads, -1)).transpose(1, 2)
+        return keys, values
+
+    return project
+
+
 def cast(spec: Spec, shape: CoreShape) -> Mechanism:
     """A mechanism settled at the shape's site, in the precision it would choose itself."""
     part = mechanism(spec)
@@ -100,9 +121,12 @@ def cast(spec: Spec, shape: CoreShape) -> Mechanism:
 def attending(part: Mechanism, shape: CoreShape, compiled: bool = False) -> Attend:
     """The mechanism as a function of tensors."""
     layout, reads_x = shape.site.layout, "x" in part.needs
+    project = projecting(shape) if "project" in part.needs else None
 
     def attend(q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
         extra: dict[str, Any] = {"x": x} if reads_x else {}
+        if project is not None:
+            extra["project"] = project
         return part(q, k, v, layout=layout, **extra)
 
     return compile_alone(attend, str(part.spec)) if compiled else attend

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mitaswap.benchmark.core import Attend, CoreShape, Inputs, attending, cast, once
+from mitaswap.benchmark.core import Attend, CoreShape, Inputs, attending, cast, once, projecting
 from mitaswap.benchmark.timing import Failure, attempt
 from mitaswap.benchmark.tolerance import distance, nudged, rounding
 from mitaswap.errors import MitaswapError
@@ -191,9 +191,12 @@ def _oracle(
     exact.attach(site)
     exact = exact.to(shape.device, torch.float64).eval()
     scale = 1.0 / math.sqrt(site.head_dim)
+    project = projecting(shape, torch.float64) if "project" in part.needs else None
 
     def attend(q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
         extra: dict[str, Any] = {"x": x} if "x" in part.needs else {}
+        if project is not None:
+            extra["project"] = project
         return exact.run(q, k, v, site.layout, scale, extra)
 
     def run(given: Iterable[Tensor], grad: Tensor) -> list[Any]:

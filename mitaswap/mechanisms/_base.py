@@ -53,8 +53,11 @@ class Mechanism(nn.Module):
     #: the laws that hold for it, of `TRAITS`; where options decide, a property
     traits: ClassVar[frozenset[str]] = frozenset()
     #: what it reads of a site besides q, k, v: "grid" (where the patches are), "x" (the attention
-    #: module's input); where options decide, a property
+    #: module's input), "project" (its key and value projections, to map other rows in the place of
+    #: x, which it then needs too); where options decide, a property
     needs: ClassVar[frozenset[str]] = frozenset()
+    #: options with which it does not need "project": for sites whose projections are not known
+    unprojected: ClassVar[dict[str, Value]] = {}
     #: what a site may hand over besides q, k, v: any of "bias", "causal", "dropout"
     supports: ClassVar[frozenset[str]] = frozenset()
     #: the options that `--grid K,N` sweeps, as (axis, option) pairs; empty without experts
@@ -200,7 +203,8 @@ class Mechanism(nn.Module):
             layout: token layout of the N tokens.
             scale: factor of q k^T.
             extra: what `supports` and `needs` declare, by name (`attn_mask`, `is_causal`,
-                `dropout_p`; `x` [B, N, C]).
+                `dropout_p`; `x` [B, N, C]; `project`, a function of rows [B, M, C] that returns
+                their keys and values [B, H, M, D] in the dtype of the rows).
 
         Returns:
             [B, H, N, D] in q's dtype.
@@ -256,7 +260,7 @@ class Mechanism(nn.Module):
 
         Raises:
             MitaswapError: shapes, layout and options do not fit, `extra` holds what the mechanism
-                cannot honour, or lacks the x that it needs.
+                cannot honour, or lacks the x or the projections that it needs.
         """
         if q.ndim != 4 or q.shape != k.shape or q.shape[:3] != v.shape[:3]:
             raise MitaswapError(
@@ -278,6 +282,15 @@ class Mechanism(nn.Module):
                 f"{self.spec} needs the attention module's input x, [B, N, C] = "
                 f"[{q.shape[0]}, {q.shape[2]}, C], got {'none' if x is None else list(x.shape)}; "
                 "call it with x=..., or swap it into a model, which hands x over"
+            )
+        if "project" in self.needs and not callable(extra.get("project")):
+            instead = self.spec.with_options(**self.unprojected) if self.unprojected else ""
+            raise MitaswapError(
+                f"{self.spec} needs the attention module's key and value projections, project(rows "
+                "[B, M, C]) -> keys, values [B, H, M, D], got "
+                f"{type(extra['project']).__name__ if 'project' in extra else 'none'}; call it "
+                "with project=..., or swap it into a model, which hands them over"
+                f"{instead and f', or use {instead}'}"
             )
         if self.site is None:
             width = x.shape[2] if x is not None else 0
@@ -315,4 +328,10 @@ class Mechanism(nn.Module):
 
 
 #: keyword of an attention call -> the entry of `supports` or `needs` that allows it
-_PART = {"attn_mask": "bias", "is_causal": "causal", "dropout_p": "dropout", "x": "x"}
+_PART = {
+    "attn_mask": "bias",
+    "is_causal": "causal",
+    "dropout_p": "dropout",
+    "x": "x",
+    "project": "project",
+}

@@ -78,6 +78,10 @@ class Wrapper(Mechanism):
         return self.inner.needs
 
     @property
+    def unprojected(self) -> dict[str, Value]:  # type: ignore[override]
+        return self.inner.unprojected
+
+    @property
     def routes(self) -> bool:
         return self.inner.routes
 

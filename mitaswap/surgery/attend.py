@@ -21,6 +21,7 @@ from torch.compiler import is_compiling
 
 from mitaswap.errors import MitaswapError, SwapError
 from mitaswap.mechanisms import Mechanism, SiteShape
+from mitaswap.surgery.projections import Projections, project
 from mitaswap.tokens import TokenLayout
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class Way:
         needs, supports: the mechanisms'.
         straight: their class's `reference` if they `goes_straight`.
         layout, head_dim: what they were found to fit at the swap.
+        projections: which submodules make keys and values, where the mechanisms need to know.
     """
 
     fixed: Mechanism | None
@@ -48,6 +50,7 @@ class Way:
     straight: Callable[..., Tensor] | None
     layout: TokenLayout
     head_dim: int
+    projections: Projections | None
 
 
 def way_of(mechanism: nn.Module, site: Site) -> Way:
@@ -67,6 +70,7 @@ def way_of(mechanism: nn.Module, site: Site) -> Way:
         type(mechanism).reference if goes_straight(mechanism) else None,
         site.layout,
         site.head_dim,
+        site.projections if "project" in mechanism.needs else None,
     )
 
 
@@ -124,6 +128,7 @@ def attend_by(way: Way) -> Attend:
     # plain variables: a look into `way` would be one more guard each
     fixed, supports, at_swap, head_dim = way.fixed, tuple(way.supports), way.layout, way.head_dim
     straight, needs_nothing, needs_x = way.straight, not way.needs, "x" in way.needs
+    projections = way.projections
 
     def attend(
         module: Any,
@@ -171,6 +176,8 @@ def attend_by(way: Way) -> Attend:
             _check(module, mechanism, layout, query)
         if needs_x:
             extra["x"] = module._mitaswap_tap.take(query)
+        if projections is not None:
+            extra["project"] = functools.partial(project, module, projections)
         if _observed and tracker.observer is not None:
             own = module._modules["mitaswap"]
             tracker.observer(module._mitaswap.site.path, own, query, key, layout, scale)

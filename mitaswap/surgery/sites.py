@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mitaswap.errors import SwapError
 from mitaswap.surgery.interface import has_interface, is_shadow
 from mitaswap.surgery.known import refusal, suffix_tokens
+from mitaswap.surgery.projections import Projections
 from mitaswap.surgery.seam import Swapped
 from mitaswap.surgery.witness import Call, example_input, witness
 from mitaswap.tokens import TokenLayout
@@ -41,6 +42,8 @@ class Site:
         mechanism: spec of the mechanism that is swapped in now, if any.
         gridless: whether all that is missing is the grid: mechanisms that need none run here where
             the layer is asked for by name.
+        projections: which of its submodules make keys and values of the module's input; None where
+            no submodule alone does.
     """
 
     path: str
@@ -58,6 +61,7 @@ class Site:
     value_dim: int = 0
     width: int = 0
     gridless: bool = False
+    projections: Projections | None = None
 
     @property
     def swappable(self) -> bool:
@@ -161,6 +165,7 @@ def _judge(
         scale=call.scale,
         value_dim=call.v[-1],
         width=call.inputs[-1] if len(call.inputs) == 3 else 0,
+        projections=call.projections,
     )
     reason = refusal(module) or _call_reason(call, times, batch)
     if reason:

@@ -17,6 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from mitaswap.errors import MitaswapError
 from mitaswap.surgery.places import Place, Places
+from mitaswap.surgery.projections import Projections, find
 from mitaswap.surgery.tap import first_tensor
 
 _SOFTMAX = {torch.softmax, F.softmax, Tensor.softmax}
@@ -34,6 +35,8 @@ class Call:
             last.
         inputs: shape of the module's first input.
         place: where the patches stand among the queries; None where that cannot be seen.
+        projections: which of the module's submodules k and v come from; None where that cannot be
+            seen.
     """
 
     path: str
@@ -47,6 +50,34 @@ class Call:
     features: list[tuple[str, int, int]] = field(default_factory=list)
     inputs: tuple[int, ...] = ()
     place: Place | None = None
+    projections: Projections | None = None
+
+
+@dataclass
+class _Frame:
+    """A module whose forward is under way.
+
+    Args:
+        path: the module.
+        x: its first tensor.
+        outputs: what it has made of x so far by submodules that it called itself, by their names
+            inside it; copies, as it may add to them in place.
+    """
+
+    path: str = ""
+    x: Tensor | None = None
+    outputs: list[tuple[str, Tensor]] = field(default_factory=list)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return () if self.x is None else tuple(self.x.shape)
+
+    def note(self, child: _Frame, output: Any) -> None:
+        """What a submodule has returned to this one."""
+        prefix = f"{self.path}." if self.path else ""
+        fits = isinstance(output, Tensor) and output.ndim in (3, 4)
+        if fits and self.x is not None and child.x is self.x and child.path.startswith(prefix):
+            self.outputs.append((child.path.removeprefix(prefix), output.clone()))
 
 
 class _Recorder(TorchFunctionMode):
@@ -55,7 +86,7 @@ class _Recorder(TorchFunctionMode):
         self.image_only = image_only
         self.marks = WeakTensorKeyDictionary()
         self.places = Places()
-        self.stack: list[tuple[str, tuple[int, ...]]] = [("", ())]
+        self.stack = [_Frame()]
         self.features: list[tuple[str, int, int]] = []
         self.calls: list[Call] = []
 
@@ -64,8 +95,9 @@ class _Recorder(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             self._attention(*args, **kwargs)
         elif func in _SOFTMAX and args[0].ndim >= 3 and args[0].shape[-1] == args[0].shape[-2]:
-            path, inputs = self.stack[-1]
-            self.calls.append(Call(path, tuple(args[0].shape), by_hand=True, inputs=inputs))
+            on = self.stack[-1]
+            shape = tuple(args[0].shape)
+            self.calls.append(Call(on.path, shape, by_hand=True, inputs=on.shape))
         result = func(*args, **kwargs)
         # what is computed from a feature map inherits its number (an assignment returns None)
         self._mark(result if result is not None else args[:1], self._marks_of((args, kwargs)))
@@ -94,7 +126,7 @@ class _Recorder(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> None:
-        path, inputs = self.stack[-1]
+        on = self.stack[-1]
         mask = "none"
         if attn_mask is not None:
             mask = "mask" if attn_mask.dtype == torch.bool else "bias"
@@ -106,8 +138,9 @@ class _Recorder(TorchFunctionMode):
         features = [self.features[i] for i in flown]
         place = self.places.of(query)
         place = place if place and place.total == q[-2] else None
+        found = find(on.outputs, key, value)
         self.calls.append(
-            Call(path, q, k, v, mask, is_causal, scale, False, features, inputs, place)
+            Call(on.path, q, k, v, mask, is_causal, scale, False, features, on.shape, place, found)
         )
 
 
@@ -166,15 +199,15 @@ def dry_run(model: nn.Module, example: Tensor | Mapping[str, Any]) -> None:
 
 def _enter(recorder: _Recorder, path: str) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        first = first_tensor(args, kwargs)
-        recorder.stack.append((path, () if first is None else tuple(first.shape)))
+        recorder.stack.append(_Frame(path, first_tensor(args, kwargs)))
 
     return hook
 
 
 def _leave(recorder: _Recorder, path: str) -> Any:
     def hook(module: nn.Module, args: Any, output: Any) -> None:
-        recorder.stack.pop()
+        left = recorder.stack.pop()
+        recorder.stack[-1].note(left, output)
         if isinstance(module, nn.Conv2d) and isinstance(output, Tensor) and output.ndim == 4:
             recorder._mark(output, recorder._marks_of(output) | {len(recorder.features)})
             recorder.places.start(output)

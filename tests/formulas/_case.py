@@ -27,6 +27,9 @@ class Inputs:
         layout: where prefix tokens, patches and suffix tokens are among the N.
         x: the attention module's input [B, N, C].
         params: the mechanism's learned parts by name, random.
+        projections: the module's own, for mechanisms that call them: `key_weight` [C, H D],
+            `key_bias` [H D], `value_weight`, `value_bias`; keys are rows times the weight plus the
+            bias, head by head.
     """
 
     q: Tensor
@@ -36,6 +39,7 @@ class Inputs:
     layout: TokenLayout
     x: Tensor
     params: Mapping[str, Tensor] = field(default_factory=dict)
+    projections: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 Formula = Callable[[Inputs], Tensor]
