@@ -177,6 +177,18 @@ def test_compiles_in_one_graph(spec: str) -> None:
     assert torch.equal(compiled(part, q, k, v), want)
 
 
+@pytest.mark.parametrize("spec", ["mita(m=9,k=8)", "dat(stride=2)"])
+def test_compiles_again_at_other_sizes(spec: str) -> None:
+    """A second compilation has sizes that vary, and looks for windows and groups that fit them."""
+    torch.compiler.reset()
+    compiled = torch.compile(attend, backend="eager", fullgraph=True)
+    for layout in accepted(spec):
+        part = mechanism(spec)
+        q, k, v = draw(layout)
+        want = attend(part, q, k, v, layout)  # attaches
+        assert torch.equal(compiled(part, q, k, v, layout), want)
+
+
 @each
 def test_copies_and_pickles(spec: str) -> None:
     """A mechanism of the same options starts as its twin did: nothing is drawn at random."""

@@ -295,10 +295,10 @@ class Mechanism(nn.Module):
         if self.site is None:
             width = x.shape[2] if x is not None else 0
             self.attach(SiteShape(q.shape[1], q.shape[3], layout, v.shape[3], width))
-            # half precision keeps learned parts in float32, as the sums are
-            exact = q.dtype in (torch.float32, torch.float64)
-            with torch.inference_mode(False):
-                self.to(q.device, q.dtype if exact else torch.float32)
+            if self.learns:  # half precision keeps learned parts in float32, as the sums are
+                exact = q.dtype in (torch.float32, torch.float64)
+                with torch.inference_mode(False):
+                    self.to(q.device, q.dtype if exact else torch.float32)
         if scale is None:
             scale = 1.0 / math.sqrt(q.shape[3])
         return self.run(q, k, v, layout, scale, extra)

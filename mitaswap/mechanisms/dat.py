@@ -258,5 +258,8 @@ def _maps(x: Tensor, grid: tuple[int, int], groups: int) -> Tensor:
 
 def _divisor(heads: int, near: float) -> int:
     """The divisor of `heads` nearest to a number, the smaller of two."""
-    divisors = (n for n in range(1, heads + 1) if heads % n == 0)
-    return min(divisors, key=lambda n: abs(n - near))
+    best = 1
+    for n in range(2, heads + 1):  # not min(key=...), which torch 2.11 cannot always trace
+        if heads % n == 0 and abs(n - near) < abs(best - near):
+            best = n
+    return best
