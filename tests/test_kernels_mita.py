@@ -197,7 +197,7 @@ def test_values_that_are_no_numbers_stay_in_bounds() -> None:
 def test_operators_keep_the_rules(dtype: torch.dtype) -> None:
     from mitaswap.kernels import mita as kernels
 
-    case = Case("mita(m=4,k=6)", TokenLayout(0, (6, 7)), 64, dtype)
+    case = Case("mita(m=4,k=6)", TokenLayout(0, (6, 7)), 64, dtype, heads=1)
     q, k, v, _ = tensors(case)
     arguments = [0, 6, 7, 2, 2, 6, 1, 1], 0.25, 0.25
     torch.library.opcheck(kernels.mita, (q, k, v, *arguments))
@@ -223,10 +223,10 @@ def test_short_sequences_take_their_own_backward(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     "case",
     [
-        Case("mita(m=6,k=5,s=2)", TokenLayout(1, (7, 8), 1), 16, projected=True, batch=3),
-        Case("mita(m=6,k=5)", TokenLayout(1, (7, 8)), 24, torch.float16, batch=1, heads=3),
-        Case("mita(m=9,k=7)", TokenLayout(1, (6, 7)), 64, torch.float16, True, batch=2),
-        Case("mita(m=8,k=5,variant=compress-only)", TokenLayout(0, (5, 9)), 16, batch=2),
+        Case("mita(m=6,k=5,s=2)", TokenLayout(1, (7, 8), 1), 16, projected=True, batch=3, heads=1),
+        Case("mita(m=6,k=5)", TokenLayout(1, (7, 8)), 24, torch.float16),
+        Case("mita(m=9,k=7)", TokenLayout(1, (6, 7)), 64, torch.float16, True, 3, 1),
+        Case("mita(m=8,k=5,variant=compress-only)", TokenLayout(0, (5, 9)), 16, batch=2, heads=1),
     ],
     ids=["batch", "heads", "short", "compress-only"],
 )

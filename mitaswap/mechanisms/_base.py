@@ -11,7 +11,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from mitaswap.errors import MitaswapError, unknown
+from mitaswap.errors import MitaswapError
+from mitaswap.mechanisms._call import check_call
 from mitaswap.mechanisms._card import Card, Cost, Routing, SiteShape
 from mitaswap.operators.experts import Branch
 from mitaswap.operators.precision import outside_autocast, working
@@ -262,36 +263,8 @@ class Mechanism(nn.Module):
             MitaswapError: shapes, layout and options do not fit, `extra` holds what the mechanism
                 cannot honour, or lacks the x or the projections that it needs.
         """
-        if q.ndim != 4 or q.shape != k.shape or q.shape[:3] != v.shape[:3]:
-            raise MitaswapError(
-                "q, k, v must be [B, H, N, D] of one shape (v may have its own D), got "
-                f"{list(q.shape)}, {list(k.shape)}, {list(v.shape)}"
-            )
-        layout.check(q.shape[2], "q")
-        self.check(layout, q.shape[3])
-        for name in extra:
-            if name not in _PART:
-                raise unknown("argument of an attention call", name, _PART)
-            if _PART[name] not in self.supports | self.needs:
-                raise MitaswapError(
-                    f"{self.spec} cannot honour {name}; only mechanisms that support it can"
-                )
+        check_call(self, q, k, v, layout, extra)
         x = extra.get("x")
-        if "x" in self.needs and (x is None or x.shape[:2] != (q.shape[0], q.shape[2])):
-            raise MitaswapError(
-                f"{self.spec} needs the attention module's input x, [B, N, C] = "
-                f"[{q.shape[0]}, {q.shape[2]}, C], got {'none' if x is None else list(x.shape)}; "
-                "call it with x=..., or swap it into a model, which hands x over"
-            )
-        if "project" in self.needs and not callable(extra.get("project")):
-            instead = self.spec.with_options(**self.unprojected) if self.unprojected else ""
-            raise MitaswapError(
-                f"{self.spec} needs the attention module's key and value projections, project(rows "
-                "[B, M, C]) -> keys, values [B, H, M, D], got "
-                f"{type(extra['project']).__name__ if 'project' in extra else 'none'}; call it "
-                "with project=..., or swap it into a model, which hands them over"
-                f"{instead and f', or use {instead}'}"
-            )
         if self.site is None:
             width = x.shape[2] if x is not None else 0
             self.attach(SiteShape(q.shape[1], q.shape[3], layout, v.shape[3], width))
@@ -325,13 +298,3 @@ class Mechanism(nn.Module):
 
     def extra_repr(self) -> str:
         return str(self.spec)
-
-
-#: keyword of an attention call -> the entry of `supports` or `needs` that allows it
-_PART = {
-    "attn_mask": "bias",
-    "is_causal": "causal",
-    "dropout_p": "dropout",
-    "x": "x",
-    "project": "project",
-}
