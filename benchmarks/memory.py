@@ -101,7 +101,7 @@ def main() -> None:
         title=f"MiB added at the peak, B=1, H={HEADS}, d={DIM}, float32 (at N={last:,} q, k, v and "
         f"output are {own:.0f}, one N x N matrix of one head {last**2 * 4 / 2**20:,.0f})"
     )
-    table.add_column(f"mechanism (options at N={last:,})")
+    table.add_column(f"mechanism (options at N={last:,})", overflow="fold")
     for tokens in args.tokens:
         table.add_column(f"N={tokens:,}", justify="right")
     table.add_column(f"x {last // first} tokens: x memory", justify="right")
@@ -127,7 +127,8 @@ def main() -> None:
         pairs = "yes" if "every-pair" in mechanism(spec).traits else ""
         growth = f"{found[-1] / found[0]:.1f}"
         table.add_row(str(spec), *(f"{value:,.0f}" for value in found), growth, pairs)
-    Console().print(table, f"rows: {write_rows('memory', rows)}")
+    written = write_rows("memory", rows, part="mechanism" if args.only else "")
+    Console().print(table, f"rows: {written}")
 
 
 if __name__ == "__main__":

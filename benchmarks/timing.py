@@ -52,9 +52,17 @@ def machine() -> dict[str, str | int]:
     return {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
-def write_rows(name: str, rows: list[dict[str, Any]]) -> Path:
-    """Write `rows` with the machine's columns to reports/benchmarks/NAME.jsonl."""
+def write_rows(name: str, rows: list[dict[str, Any]], part: str = "") -> Path:
+    """Write `rows` with the machine's columns to reports/benchmarks/NAME.jsonl. With `part`, a
+    column, earlier rows that have another value there than any of these stay, in its order.
+    """
     REPORTS.mkdir(parents=True, exist_ok=True)
     path = REPORTS / f"{name}.jsonl"
-    path.write_text("".join(json.dumps({**row, **machine()}) + "\n" for row in rows))
+    whole = [{**row, **machine()} for row in rows]
+    if part and path.exists():
+        earlier = map(json.loads, path.read_text().splitlines())
+        new = {row[part] for row in rows}
+        whole += [row for row in earlier if row[part] not in new]
+        whole.sort(key=lambda row: row[part])
+    path.write_text("".join(json.dumps(row) + "\n" for row in whole))
     return path
