@@ -242,6 +242,34 @@ def test_halves_of_a_call_are_the_whole(
     assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
 
 
+@pytest.mark.parametrize(
+    "shape, cuts",
+    [
+        ((1, 1), [(0, 1)]),
+        ((1, 5), [(0, 2), (2, 5)]),
+        ((3, 2), [(0, 1), (1, 3)]),
+        ((47, 2), [(0, 16), (16, 47)]),
+    ],
+    ids=["one head", "heads", "few images", "eights of many images"],
+)
+def test_where_calls_are_cut(
+    shape: tuple[int, int], cuts: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mitaswap.kernels import halves
+
+    q, parts = torch.arange(shape[0] * shape[1] * 12).view(*shape, 3, 4), []
+    halves.in_halves(q, parts.append)
+    assert [part[1:3] for part in parts] == [(0, max(shape) if 1 in shape else shape[0])]
+    monkeypatch.setattr(halves, "LEAST", 0)
+    parts.clear()
+    halves.in_halves(q, parts.append)
+    assert [part[1:3] for part in parts] == cuts
+    flat = q.flatten(0, 1)
+    assert torch.equal(torch.cat([part.flat(flat) for part in parts]), flat)
+    for part in parts:
+        assert torch.equal(part.flat(flat), part.of(q).flatten(0, 1))
+
+
 @on_interpreter
 @pytest.mark.parametrize("kind", ["normal", "equal", "zeros", "wide", "tiny", "infinite", "nan"])
 def test_the_largest_are_chosen_by_value_then_position(kind: str) -> None:

@@ -5,9 +5,10 @@ elsewhere the swap is refused with what to do. `pvt` reduces the module's input 
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -146,18 +147,77 @@ class Interleaved(PlainAttention):
         return self.proj(self.attend(q, k, v).transpose(1, 2).reshape(batch, tokens, 32))
 
 
-class AllZero(PlainAttention):
-    """Every column could be a key or a value."""
+class Beside(PlainAttention):
+    """An adapter beside its projection that does nothing before it is trained, or something else
+    that is neutral until then.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, kind: str) -> None:
         super().__init__()
-        nn.init.zeros_(self.qkv.weight)
-        nn.init.zeros_(self.qkv.bias)
+        self.kind = kind
+        self.down, self.up = nn.Linear(32, 3), nn.Linear(3, 96)
+        for parameter in self.up.parameters():
+            nn.init.zeros_(parameter)
+        self.bias = nn.Parameter(torch.zeros(96))
+        self.gain = nn.Parameter(torch.ones(96))
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, _ = x.shape
+        made = self.qkv(self.drop(x) if self.kind == "dropout before" else x)
+        if self.kind == "adapter":
+            made = made + self.up(self.down(x))
+        elif self.kind == "bias in place":
+            made.add_(self.bias)
+        elif self.kind == "gain":
+            made = made * self.gain
+        elif self.kind == "dropout behind":
+            made = self.drop(made)
+        q, k, v = made.reshape(batch, tokens, 3, 4, 8).permute(2, 0, 3, 1, 4)
+        return self.proj(self.attend(q, k, v).transpose(1, 2).reshape(batch, tokens, 32))
 
 
-@pytest.mark.parametrize("kind", [ByHand, InPlace, NormFirst, Interleaved, AllZero])
+class Child(nn.Module):
+    """A projection that does more than mapping each row of its one argument."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.map = nn.Linear(32, 96)
+        self.table = nn.Parameter(torch.randn(1, 16, 96))
+
+    def forward(self, x: Tensor, gain: float = 1.0) -> Tensor:
+        made = self.map(x) * gain
+        if self.kind == "mean":
+            made = made - made.mean(1, keepdim=True)
+        if self.kind == "table":
+            made = made + self.table
+        return made
+
+
+class WithChild(PlainAttention):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.qkv = Child(kind)  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, _ = x.shape
+        made = self.qkv(x, gain=2.0) if self.qkv.kind == "gain" else self.qkv(x)
+        q, k, v = made.reshape(batch, tokens, 3, 4, 8).permute(2, 0, 3, 1, 4)
+        return self.proj(self.attend(q, k, v).transpose(1, 2).reshape(batch, tokens, 32))
+
+
+NEUTRAL = ["adapter", "bias in place", "gain", "dropout before", "dropout behind"]
+NOT_PLAIN = {
+    **{kind.__name__: kind for kind in (ByHand, InPlace, NormFirst, Interleaved)},
+    **{kind: functools.partial(Beside, kind) for kind in NEUTRAL},
+    **{f"child: {kind}": functools.partial(WithChild, kind) for kind in ("mean", "table", "gain")},
+}
+
+
+@pytest.mark.parametrize("kind", NOT_PLAIN.values(), ids=NOT_PLAIN)
 def test_what_is_no_plain_projection_of_the_input_is_not_taken_for_one(
-    kind: type[PlainAttention],
+    kind: Callable[[], PlainAttention],
 ) -> None:
     torch.manual_seed(0)
     model = PlainNetwork(kind()).eval()
@@ -169,7 +229,30 @@ def test_what_is_no_plain_projection_of_the_input_is_not_taken_for_one(
         assert run(model, images()).isfinite().all()
 
 
-def test_finding_by_value() -> None:
+@pytest.mark.parametrize("kind", ["plain", "child: nothing more", "zeros", "meta"])
+def test_plain_projections_are_found_whatever_their_numbers(kind: str) -> None:
+    model = PlainNetwork(WithChild("") if kind.startswith("child") else PlainAttention()).eval()
+    example = images()
+    if kind == "zeros":
+        for parameter in model.layers[0].qkv.parameters():
+            nn.init.zeros_(parameter)
+    if kind == "meta":
+        model, example = model.to("meta"), example.to("meta")
+    (site,) = walk(model, example)
+    assert site.projections == Projections(4, Projection("qkv", 32, 32), Projection("qkv", 64, 32))
+    mitaswap.swap(model, "pvt", example=example)
+
+
+def test_without_numbers_they_are_found_as_well() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        model, example = PlainNetwork(PlainAttention()).eval(), torch.empty(2, 3, 64, 64)
+        mitaswap.swap(model, "pvt(reduction=pool,size=2)", example=example)
+        assert run(model, example).shape[0] == 2
+
+
+def test_finding_by_memory() -> None:
     x = torch.randn(2, 9, 16)
     heads = x.unflatten(2, (4, 4)).transpose(1, 2)  # heads 0, 1 as keys, 2, 3 as values
     k, v = heads[:, :2], heads[:, 2:]
@@ -179,10 +262,13 @@ def test_finding_by_value() -> None:
     assert find([("kv", x), ("kv", x)], k, v) == both, "called twice"
     assert find([("kv", x), ("other", x)], k, v) is None, "either could be"
     assert find([("k", x[..., :8])], k, v) is None, "no values"
-    assert find([("kv", x + 1e-6)], k, v) is None
+    assert find([("kv", x.clone())], k, v) is None, "the same numbers elsewhere"
     assert find([("kv", x.double())], k, v) is None
     assert find([], k, v) is None
-    assert find([("kv", x.to("meta"))], k.to("meta"), v.to("meta")) is None
+    assert find([("kv", x)], k.expand(2, 2, 9, 4), v.transpose(2, 3)) is None
+    meta = x.to("meta")
+    keys, values = meta.unflatten(2, (4, 4)).transpose(1, 2).split(2, 1)
+    assert find([("kv", meta)], keys, values) == both
     assert find([("kv", x)], k[0], v[0]) is None
     wide = x[..., 8:].unflatten(2, (1, 8)).transpose(1, 2)  # values of another width
     thin = x[..., 4:8].unflatten(2, (1, 4)).transpose(1, 2)
@@ -215,11 +301,11 @@ def test_a_site_without_known_projections_is_refused_and_the_advice_works(
     assert snapshot(model) == before
     assert str(error.value) == (
         f"{site.path}: pvt(r=3){behind} needs the module's own key and value projections, to map "
-        f"what it makes of the module's input, but no submodule of this {site.module} alone makes "
-        "the keys and the values that its attention call is handed: norms, rotary positions or "
-        "biases stand behind the projections, or the forward calls F.linear by hand; use "
-        f"pvt(r=3,place=after){behind}, which runs everywhere, or leave this layer out with "
-        "layers=..."
+        f"what it makes of the module's input, but no submodule of this {site.module} alone makes, "
+        "row by row, the keys and the values that its attention call is handed (there may be "
+        "norms, rotary positions, biases or dropout around the projections, or the forward calls "
+        f"F.linear by hand); use pvt(r=3,place=after){behind}, which runs everywhere, or leave this layer "
+        "out with layers=..."
     )
     advised = re.search(r"use (\S+), which", str(error.value))
     assert advised
@@ -228,7 +314,9 @@ def test_a_site_without_known_projections_is_refused_and_the_advice_works(
 
 
 def test_a_mechanism_without_such_options_says_so() -> None:
-    with pytest.raises(SwapError, match="by hand; choose another mechanism, or leave this layer"):
+    with pytest.raises(
+        SwapError, match=r"by hand\); choose another mechanism, or leave this layer"
+    ):
         mitaswap.swap(build("timm-eva02"), "projecting")
 
 
@@ -506,9 +594,30 @@ def test_layers_without_parameters_are_called_as_they_are() -> None:
     module.inner = nn.Sequential(Packed())
     of = Projections(2, Projection("inner.0", 0, 6), Projection("inner.0", 6, 6))
     x = torch.randn(2, 5, 6)
-    keys, values = project(module, of, x)
+    keys, values = project(module, of, x.dtype, x)
     assert torch.equal(keys, x.unflatten(2, (2, 3)).transpose(1, 2))
     assert torch.equal(values, 2 * keys)
+
+
+def test_layers_are_called_in_the_dtype_of_the_queries_where_they_know_it() -> None:
+    class Packed(nn.Module):
+        """Weights of another dtype than its first parameter's, or that are no parameters."""
+
+        def __init__(self, *first: nn.Parameter) -> None:
+            super().__init__()
+            self.first = nn.ParameterList(first)
+            self.register_buffer("weight", torch.randn(12, 6).bfloat16())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.weight)
+
+    of = Projections(2, Projection("child", 0, 6), Projection("child", 6, 6))
+    half = torch.bfloat16
+    for first in ([], [nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1, dtype=half))]):
+        module = nn.Module()
+        module.child = Packed(*first)
+        keys, values = project(module, of, half, torch.randn(2, 5, 6))
+        assert keys.dtype == values.dtype == torch.float32
 
 
 def test_a_trained_network_is_saved_and_loaded(tmp_path: Path) -> None:

@@ -43,7 +43,8 @@ class Part(NamedTuple):
 
 
 @functools.cache
-def _beside(device: torch.device) -> torch.cuda.Stream:
+def _beside(device: torch.device, stream: int) -> torch.cuda.Stream:
+    """A second stream for each first one: two that others use at once stay apart."""
     return torch.cuda.Stream(device)
 
 
@@ -58,14 +59,20 @@ def in_halves(q: Tensor, run: Callable[[Part], None]) -> None:
     if count < 2 or batch * heads * tokens < (LEAST_CAPTURED if captured else LEAST):
         run(Part(axis, 0, count, heads))
         return
-    first, second = (Part(axis, *at, heads) for at in ((0, count // 2), (count // 2, count)))
+    # eights of batch elements, so that all that is cut begins as aligned as the whole: kernels are
+    # compiled once
+    half = count // 2 if count < 16 else count // 16 * 8
+    first, second = Part(axis, 0, half, heads), Part(axis, half, count, heads)
     if not q.is_cuda:  # the interpreter has no streams
         run(first)
         run(second)
         return
-    here, beside = torch.cuda.current_stream(q.device), _beside(q.device)
+    here = torch.cuda.current_stream(q.device)
+    beside = _beside(q.device, here.cuda_stream)
     beside.wait_stream(here)
-    with torch.cuda.stream(beside):
-        run(second)
-    run(first)
-    here.wait_stream(beside)
+    try:
+        with torch.cuda.stream(beside):
+            run(second)
+        run(first)
+    finally:  # also where a launch fails: the other half may still be writing
+        here.wait_stream(beside)

@@ -110,8 +110,9 @@ def _probe(
     hist = saved.order.new_empty(2, bh, tiles, m)
     group = group_width(tokens, top) if routed else 1
     groups = ceil(tokens, group)
-    # scores of all heads at once where they are small, else of as many as memory is given to
-    allowed = max(SCORES_LEAST, int(SCORES_SHARE * q.numel() * q.element_size()))
+    # scores of all heads at once where they are small, else of as many as memory is given to (half
+    # of it to each half of a call, as both run at once)
+    allowed = max(SCORES_LEAST * bh // every, int(SCORES_SHARE * q.numel() * q.element_size()))
     chunk = max(1, min(bh, allowed // (m * tokens * 4))) if routed else bh
     # rows begin at multiples of 64 bytes
     row, peak_row = ceil(tokens, 16) * 16, ceil(groups, 16) * 16

@@ -177,7 +177,7 @@ def attend_by(way: Way) -> Attend:
         if needs_x:
             extra["x"] = module._mitaswap_tap.take(query)
         if projections is not None:
-            extra["project"] = functools.partial(project, module, projections)
+            extra["project"] = functools.partial(project, module, projections, query.dtype)
         if _observed and tracker.observer is not None:
             own = module._modules["mitaswap"]
             tracker.observer(module._mitaswap.site.path, own, query, key, layout, scale)

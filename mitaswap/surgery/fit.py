@@ -112,7 +112,7 @@ def fit(
             "`mitaswap ls` shows which mechanisms can."
         )
     if "project" in part.needs and site.projections is None:
-        raise SwapError(_without_projections(site, part))
+        raise without_projections(site, part)
     assert site.layout is not None
     shape = SiteShape(site.heads, site.head_dim, built or site.layout, site.value_dim, site.width)
     try:
@@ -125,17 +125,17 @@ def fit(
     return part
 
 
-def _without_projections(site: Site, part: Mechanism) -> str:
+def without_projections(site: Site, part: Mechanism) -> SwapError:
     """What can be done at a site whose key and value projections are not known."""
     step = "choose another mechanism"
     if part.unprojected:
         step = f"use {part.spec.with_options(**part.unprojected)}, which runs everywhere"
-    return (
+    return SwapError(
         f"{site.path}: {part.spec} needs the module's own key and value projections, to map what "
-        f"it makes of the module's input, but no submodule of this {site.module} alone makes the "
-        "keys and the values that its attention call is handed: norms, rotary positions or biases "
-        "stand behind the projections, or the forward calls F.linear by hand; "
-        f"{step}, or leave this layer out with layers=..."
+        f"it makes of the module's input, but no submodule of this {site.module} alone makes, row "
+        "by row, the keys and the values that its attention call is handed (there may be norms, "
+        "rotary positions, biases or dropout around the projections, or the forward calls F.linear "
+        f"by hand); {step}, or leave this layer out with layers=..."
     )
 
 

@@ -1,15 +1,15 @@
 """The key and value projections of an attention module: which of its submodules they are, as one
 dry forward shows it, and how they map other rows than the module's input.
 
-They are found by value. What the attention call is handed must be, to the bit, columns of what one
-submodule made of the module's own input, heads first. Where norms, rotary positions or biases stand
-behind the projections, or the forward calls `F.linear` by hand, nothing is equal and nothing is
-claimed.
+They are found by where they lie, not by value, as what stands behind them may do nothing yet (a
+bias of zeros, an adapter before it is trained). What the attention call is handed must be columns,
+heads first, of the very memory that one submodule returned for the module's own input and that
+nobody has written to since. Where norms, rotary positions or biases stand behind the projections,
+or the forward calls `F.linear` by hand, nothing is, and nothing is claimed.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,43 +48,57 @@ def find(outputs: Sequence[tuple[str, Tensor]], k: Tensor, v: Tensor) -> Project
         outputs: what submodules made of the module's input, by name: [B, N, O], or [B, h, w, O].
 
     Returns:
-        None where either is no submodule's plain output, or could be several columns of it (in a
-        network whose weights are all zero).
+        None where either is no submodule's plain output, or is that of several.
     """
-    if k.ndim != 4 or v.ndim != 4 or k.is_meta:
+    if k.ndim != 4 or v.ndim != 4:
         return None
-    step = k.shape[1] * math.gcd(k.shape[3], v.shape[3])
-    keys, values = (
-        {place for name, y in outputs for place in _places(name, y, x, step)} for x in (k, v)
-    )
+    keys, values = ({place for name, y in outputs if (place := _place(name, y, x))} for x in (k, v))
     if len(keys) != 1 or len(values) != 1:
         return None
     return Projections(k.shape[1], keys.pop(), values.pop())
 
 
-def _places(name: str, y: Tensor, x: Tensor, step: int) -> list[Projection]:
-    """Columns of y that x [B, H, N, D] is."""
+def _place(name: str, y: Tensor, x: Tensor) -> Projection | None:
+    """Columns of y that x [B, H, N, D] is a view of."""
     batch, heads, tokens, dim = x.shape
-    y, width = y.flatten(1, -2), heads * dim
-    if y.dtype != x.dtype or y.device != x.device or y.shape[:2] != (batch, tokens):
-        return []
-    firsts = range(0, y.shape[2] - width + 1, step)
-    return [
-        Projection(name, first, width)
-        for first in firsts
-        if torch.equal(_heads(y[..., first : first + width], heads), x)
-    ]
+    columns, width = y.shape[-1], heads * dim
+    if y.shape[0] != batch or y.shape[1:-1].numel() != tokens or not y.is_contiguous():
+        return None
+    if y.dtype != x.dtype or y.untyped_storage()._cdata != x.untyped_storage()._cdata:
+        return None
+    wanted = (tokens * columns, dim, columns, 1)
+    steps = zip(x.shape, x.stride(), wanted, strict=True)
+    first = int(x.storage_offset() - y.storage_offset())
+    if any(n > 1 and step != want for n, step, want in steps):
+        return None
+    return Projection(name, first, width) if 0 <= first <= columns - width else None
 
 
-def project(module: nn.Module, of: Projections, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values [B, H, M, D] that the module's own projections make of rows x [B, M, C], in
-    the dtype of x.
-
-    The submodules are called as they are: adapters and quantised layers do what they do, and what
-    is trained is the network's own weights. One that makes both is called once.
+def makes_rows_alone(module: nn.Module, of: Projections, x: Tensor, k: Tensor) -> bool:
+    """Whether the projections map one row as they mapped it among all: x is the module's input,
+    k [B, H, N, D] what the attention call was handed. A submodule that mixes tokens does not.
     """
-    first = _output(module, of.key.child, x)
-    second = first if of.value.child == of.key.child else _output(module, of.value.child, x)
+    if type(k) is not Tensor or k.is_meta:  # no numbers to compare
+        return True
+    try:
+        row, _ = project(module, of, k.dtype, x.flatten(1, -2)[:, :1])
+    except (RuntimeError, TypeError, ValueError):
+        return False
+    room = 32 * torch.finfo(k.dtype).eps
+    return bool((row - k[:, :, :1]).abs().max() <= room * k.abs().max())
+
+
+def project(
+    module: nn.Module, of: Projections, dtype: torch.dtype, x: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Keys and values [B, H, M, D] that the module's own projections make of rows x [B, M, C], in
+    the dtype of x. `dtype` is that of the network's own queries.
+
+    The submodules are called as they are: adapters and quantised layers do what they do, hooks run
+    once more, and what is trained is the network's own weights. One that makes both is called once.
+    """
+    first = _output(module, of.key.child, dtype, x)
+    second = first if of.value.child == of.key.child else _output(module, of.value.child, dtype, x)
     keys, values = (
         _heads(y[..., at.first : at.first + at.width], of.heads).to(x.dtype)
         for y, at in ((first, of.key), (second, of.value))
@@ -92,12 +106,12 @@ def project(module: nn.Module, of: Projections, x: Tensor) -> tuple[Tensor, Tens
     return keys, values
 
 
-def _output(module: Any, child: str, x: Tensor) -> Tensor:
+def _output(module: Any, child: str, dtype: torch.dtype, x: Tensor) -> Tensor:
     for name in child.split("."):
         module = getattr(module, name)
-    # quantised layers may have no parameter that says what they take
+    # autocast makes queries of another dtype than the weights; packed weights are no parameters
     floats = [p.dtype for p in module.parameters() if p.is_floating_point()]
-    made: Tensor = module(x.to(floats[0]) if floats else x)
+    made: Tensor = module(x.to(dtype if dtype in floats or not floats else floats[0]))
     return made
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -13,12 +14,13 @@ from mitaswap.errors import SwapError
 from mitaswap.mechanisms import Mechanism
 from mitaswap.spec import Recipe, Spec
 from mitaswap.surgery.attend import attend_by, observing, way_of
-from mitaswap.surgery.fit import assign, fit
+from mitaswap.surgery.fit import assign, fit, without_projections
 from mitaswap.surgery.grid import GridTracker, Observer, untrack
 from mitaswap.surgery.interface import has_interface, interface, shadow_config
+from mitaswap.surgery.projections import makes_rows_alone
 from mitaswap.surgery.seam import Seam, Swapped, install, uninstall
 from mitaswap.surgery.sites import Site, walk
-from mitaswap.surgery.tap import InputTap
+from mitaswap.surgery.tap import InputTap, first_tensor
 from mitaswap.surgery.witness import dry_run, example_input
 from mitaswap.tokens import TokenLayout
 
@@ -217,14 +219,38 @@ def _install(model: nn.Module, sites: Sequence[Site], built: dict[str, Mechanism
         install(module, part.train(module.training), way, seam, shadow)
 
 
+def _keep_input(
+    into: dict[str, Tensor], path: str, module: nn.Module, args: Any, kwargs: Any
+) -> None:
+    into[path] = first_tensor(args, kwargs)
+
+
 def _verify(model: nn.Module, example: Any, paths: list[str]) -> None:
     """Run the swapped model once: each site's attention call must arrive at its mechanism, exactly
-    once.
+    once, and projections that a mechanism calls must map single rows as they map all.
     """
     seen: list[str] = []
-    watch: Callable[..., None] = lambda path, *_: seen.append(path)  # noqa: E731
-    with Handle(model, []).observe(watch):
-        dry_run(model, example)
+    modules: dict[str, Any] = dict(model.named_modules())
+    inputs: dict[str, Tensor] = {}
+    hooks = []
+    for path in paths:
+        if "project" in modules[path].mitaswap.needs:
+            keep = functools.partial(_keep_input, inputs, path)
+            hooks.append(modules[path].register_forward_pre_hook(keep, with_kwargs=True))
+
+    def watch(path: str, part: Mechanism, q: Tensor, k: Tensor, *_: Any) -> None:
+        seen.append(path)
+        if path in inputs:
+            site = modules[path]._mitaswap.site
+            if not makes_rows_alone(modules[path], site.projections, inputs.pop(path), k):
+                raise without_projections(site, part)
+
+    try:
+        with Handle(model, []).observe(watch):
+            dry_run(model, example)
+    finally:
+        for hook in hooks:
+            hook.remove()
     missed = [path for path in paths if seen.count(path) != 1]
     if missed:
         raise SwapError(

@@ -20,6 +20,7 @@ from mitaswap.surgery.places import Place, Places
 from mitaswap.surgery.projections import Projections, find
 from mitaswap.surgery.tap import first_tensor
 
+_DROPOUT = {F.dropout, torch.dropout}
 _SOFTMAX = {torch.softmax, F.softmax, Tensor.softmax}
 
 
@@ -60,13 +61,15 @@ class _Frame:
     Args:
         path: the module.
         x: its first tensor.
+        alone: whether x is all that it was called with.
         outputs: what it has made of x so far by submodules that it called itself, by their names
-            inside it; copies, as it may add to them in place.
+            inside it, and how often each had been written to by then.
     """
 
     path: str = ""
     x: Tensor | None = None
-    outputs: list[tuple[str, Tensor]] = field(default_factory=list)
+    alone: bool = True
+    outputs: list[tuple[str, Tensor, int]] = field(default_factory=list)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -75,9 +78,18 @@ class _Frame:
     def note(self, child: _Frame, output: Any) -> None:
         """What a submodule has returned to this one."""
         prefix = f"{self.path}." if self.path else ""
-        fits = isinstance(output, Tensor) and output.ndim in (3, 4)
+        fits = isinstance(output, Tensor) and output.ndim in (3, 4) and child.alone
         if fits and self.x is not None and child.x is self.x and child.path.startswith(prefix):
-            self.outputs.append((child.path.removeprefix(prefix), output.clone()))
+            self.outputs.append((child.path.removeprefix(prefix), output, _writes(output)))
+
+    def untouched(self) -> list[tuple[str, Tensor]]:
+        """Those of its outputs that are as the submodules returned them."""
+        return [(name, y) for name, y, writes in self.outputs if _writes(y) == writes]
+
+
+def _writes(x: Tensor) -> int:
+    """How often x has been written to, as far as PyTorch counts."""
+    return 0 if x.is_inference() else x._version
 
 
 class _Recorder(TorchFunctionMode):
@@ -99,6 +111,8 @@ class _Recorder(TorchFunctionMode):
             shape = tuple(args[0].shape)
             self.calls.append(Call(on.path, shape, by_hand=True, inputs=on.shape))
         result = func(*args, **kwargs)
+        if func in _DROPOUT and (kwargs.get("p", args[1] if len(args) > 1 else 0.5)) > 0:
+            result = result.clone()  # in training it is no view of its input
         # what is computed from a feature map inherits its number (an assignment returns None)
         self._mark(result if result is not None else args[:1], self._marks_of((args, kwargs)))
         self.places.follow(func, args, kwargs, result)
@@ -138,7 +152,7 @@ class _Recorder(TorchFunctionMode):
         features = [self.features[i] for i in flown]
         place = self.places.of(query)
         place = place if place and place.total == q[-2] else None
-        found = find(on.outputs, key, value)
+        found = find(on.untouched(), key, value)
         self.calls.append(
             Call(on.path, q, k, v, mask, is_causal, scale, False, features, on.shape, place, found)
         )
@@ -199,7 +213,8 @@ def dry_run(model: nn.Module, example: Tensor | Mapping[str, Any]) -> None:
 
 def _enter(recorder: _Recorder, path: str) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        recorder.stack.append(_Frame(path, first_tensor(args, kwargs)))
+        alone = len(args) == 1 and not kwargs
+        recorder.stack.append(_Frame(path, first_tensor(args, kwargs), alone))
 
     return hook
 
