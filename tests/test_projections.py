@@ -304,8 +304,8 @@ def test_a_site_without_known_projections_is_refused_and_the_advice_works(
         f"what it makes of the module's input, but no submodule of this {site.module} alone makes, "
         "row by row, the keys and the values that its attention call is handed (there may be "
         "norms, rotary positions, biases or dropout around the projections, or the forward calls "
-        f"F.linear by hand); use pvt(r=3,place=after){behind}, which runs everywhere, or leave this layer "
-        "out with layers=..."
+        f"F.linear by hand); use pvt(r=3,place=after){behind}, which runs everywhere, or leave "
+        "this layer out with layers=..."
     )
     advised = re.search(r"use (\S+), which", str(error.value))
     assert advised
