@@ -210,11 +210,19 @@ class Recipe:
             paths: module paths of the model's sites, in the order of the forward pass.
 
         Raises:
-            MitaswapError: a pattern (or one item of its comma list) matches no site.
+            MitaswapError: a pattern (or one item of its comma list) matches no site, or no site
+                that an earlier rule has not decided.
         """
         chosen: dict[str, Spec] = {}
         for pattern, spec in self.rules:
-            for path in match_layers(pattern, paths):
+            named = match_layers(pattern, paths)
+            if pattern != "*" and all(path in chosen for path in named):
+                raise MitaswapError(
+                    f"the rule {pattern!r}: {spec} decides no layer, as the rules before it name "
+                    f"all of its layers ({', '.join(named[:3])}{', ...' if len(named) > 3 else ''})"
+                    ". The first rule that names a layer decides: write exceptions first"
+                )
+            for path in named:
                 chosen.setdefault(path, spec)
         return {path: chosen[path] for path in paths if path in chosen}
 

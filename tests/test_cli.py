@@ -415,6 +415,18 @@ def test_overlap(cli: Command, timm_dir: Path, own: Path, tmp_path: Path) -> Non
         assert f"own {MITA} {layer} {value:.3f}" in words(done.out)
 
 
+def test_overlap_of_a_grid_too_small_for_the_default(
+    cli: Command, tiny: str, tmp_path: Path
+) -> None:
+    small = tiny.replace("img_size=16", "img_size=8")
+    done = cli("eval", small, *DIGITS, "--stats", "overlap", "-o", tmp_path / "run")
+    assert done.code == 0, done.err
+    rows = load_rows(tmp_path / "run")
+    routed = set(rows.query("study == 'overlap'")["run_with"])
+    assert routed == {name for name in rows["run_with"] if name.startswith("mita")}
+    assert routed and "mita(m=25,k=25)" not in routed
+
+
 def test_labels(cli: Command, timm_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "lr=0.1").mkdir()
     other = mitaswap.save(mitaswap.load(timm_dir), tmp_path / "lr=0.1" / timm_dir.name)

@@ -153,6 +153,15 @@ def test_walk_of_fixed_networks_at_another_size(
     assert done.code == 0 and "385 = 1 + 24x16" in done.out, done.err
 
 
+def test_walk_says_which_mechanisms_a_bias_leaves(cli: Command) -> None:
+    done = cli(
+        "walk", "timm:beit_base_patch16_224(depth=2,embed_dim=24,num_heads=2)", "--no-pretrained"
+    )
+    assert done.code == 0, done.err
+    assert done.out.count("standard only") == 2
+    assert "added to the scores, only mechanisms that honour it run" in done.out
+
+
 def test_walk_at_an_impossible_size(cli: Command, tiny: str) -> None:
     done = cli("walk", tiny, "--img-size", 0, 32)
     assert (done.code, done.out) == (2, "")

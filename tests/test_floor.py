@@ -183,6 +183,21 @@ def test_first_matching_rule_decides() -> None:
     assert str(recipe) == "0-1: agent(n=9); 1-2: linear"
 
 
+def test_a_rule_that_decides_nothing_is_an_error() -> None:
+    recipe = Recipe.of({"0-2": "agent(n=9)", "1": "linear"})
+    with pytest.raises(MitaswapError) as error:
+        recipe.assign(PATHS)
+    assert str(error.value) == (
+        "the rule '1': linear decides no layer, as the rules before it name all of its layers "
+        "(blocks.1.attn). The first rule that names a layer decides: write exceptions first"
+    )
+    other_way = Recipe.of({"1": "linear", "0-2": "agent(n=9)", "*": "standard"})
+    names = [spec.name for spec in other_way.assign(PATHS).values()]
+    assert names == ["agent", "linear", "agent", *["standard"] * 9]
+    # "*" is whatever is left, also nothing
+    Recipe.of({"0-11": "linear", "*": "standard"}).assign(PATHS)
+
+
 def test_recipe_of_one_spec() -> None:
     assert str(Recipe.of("mita(m=4,k=9)")) == "mita(m=4,k=9)"
     assert str(Recipe.of(Spec("linear"), layers="0-5")) == "0-5: linear"

@@ -49,8 +49,10 @@ def convert(
     convert_model(network.module, rules, example=network.example(2))
     save(network, output)
     done = swapped_sites(network.module)
+    one = len(rules.rules) == 1 and rules.rules[0][0] == "*"
+    by_layer = f"to {rules}" if one else f"({rules})"
     for line in (
-        f"{len(done)} sites swapped to {rules}; written to {output}",
+        f"{len(done)} sites swapped {by_layer}; written to {output}",
         f'mitaswap.load("{output}") gives the swapped model back.',
     ):
         out.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -53,12 +53,20 @@ def walk(
             "layer is asked for by name, --layers PATH.",
             markup=False,
         )
+    if any(site.swappable and site.bias != "none" and not site.mechanism for site in sites):
+        out.print(
+            "Where a bias or mask is added to the scores, only mechanisms that honour it run."
+        )
     usable = sum(site.swappable for site in sites)
     out.print(f"{usable} of {len(sites)} sites can be swapped.")
 
 
 def _line(number: int, site: Site) -> list[object]:
+    from mitaswap.surgery.fit import able_at
+
     state = Text("yes", "green") if site.swappable else Text("no", "yellow")
+    if site.swappable and site.bias != "none":
+        state = Text(f"{', '.join(able_at(site))} only", "yellow")
     if site.mechanism:
         state = Text(site.mechanism, "cyan")
     tokens = f"{site.tokens} = {site.layout}" if site.layout else site.tokens or None

@@ -133,7 +133,7 @@ def _usual_processor(name: str, config: Any) -> Any:
     height, width = native_size(config) or (224, 224)
     logger.warning(
         "%s comes without an image processor: images are squashed to %d x %d, mean and std are 0.5",
-        name,
+        name or f"a network of {type(config).__name__}",
         height,
         width,
     )

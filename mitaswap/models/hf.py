@@ -265,6 +265,10 @@ def _head_names(module: nn.Module) -> set[str]:
 
 def _explain(request: Request, error: Exception, what: str) -> MitaswapError:
     given = request.given
+    if request.spec.name.startswith(("/", ".", "~")):  # no name on the hub begins so
+        place = Path(request.spec.name)
+        if not place.exists():
+            return MitaswapError(f"{given!r}: there is no directory {str(place)!r}")
     if _weights.is_unreachable(error):
         return _weights.unreachable(given, what, error)
     if "trust_remote_code" in str(error):

@@ -112,6 +112,10 @@ def _count(sweep: Sweep, share: float) -> int | None:
     return None if sweep.baseline is None else int(sweep.at_least(share).to_numpy().sum())
 
 
+def _reach(count: int | None) -> str:
+    return f"{count} {'reaches' if count == 1 else 'reach'}"
+
+
 def _at(sweep: Sweep, cell: Any) -> str:
     axes = zip((sweep.y, sweep.x), cell, strict=True)
     return ", ".join(f"{axis[1]}\u00a0=\u00a0{value}" for axis, value in axes if axis)
@@ -261,8 +265,8 @@ def _sweep_sentence(sweep: Sweep) -> str:
     if sweep.baseline is None:
         return f"{text}; the accuracy as trained was not measured."
     text += (
-        f"; {_count(sweep, 1.0)} reach the baseline of {sweep.baseline:.1f}% and "
-        f"{_count(sweep, NEAR)} reach 99% of it"
+        f"; {_reach(_count(sweep, 1.0))} the baseline of {sweep.baseline:.1f}% and "
+        f"{_reach(_count(sweep, NEAR))} 99% of it"
     )
     near = sweep.at_least(NEAR)
     kept = [cell for cell in sweep.cells if near.loc[cell]]

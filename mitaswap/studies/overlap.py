@@ -13,6 +13,7 @@ from mitaswap.results import Row
 from mitaswap.spec import Recipe
 from mitaswap.stats import STATISTICS
 from mitaswap.studies._base import STUDIES, Cell, Plan, What, cell_key
+from mitaswap.studies._groups import fitted
 from mitaswap.studies._workbench import Workbench
 
 
@@ -26,7 +27,7 @@ def overlap(plan: Plan, bench: Workbench) -> Iterator[Cell]:
     if not plan.stats:
         return
     asked = [mechanism(spec) for spec in plan.run]
-    routed = {label: _routed(bench.own(label), asked) for label in plan.models}
+    routed = {label: _routed(bench, label, asked) for label in plan.models}
     if not any(routed.values()):
         raise MitaswapError(
             f"--stats {','.join(plan.stats)} needs a mechanism that routes, but --run has only "
@@ -43,14 +44,15 @@ def overlap(plan: Plan, bench: Workbench) -> Iterator[Cell]:
             )
 
 
-def _routed(own: What, asked: list[Mechanism]) -> list[What]:
+def _routed(bench: Workbench, label: str, asked: list[Mechanism]) -> list[What]:
+    own = bench.own(label)
     found: list[What] = [part.spec for part in asked if part.routes]
     if found:
         return found
     specs = [spec for _, spec in own.rules] if isinstance(own, Recipe) else [own]
     if any(mechanism(spec).routes for spec in specs):
         return [own]
-    return [] if asked else [mechanism("mita").spec]
+    return [] if asked else [fitted(bench, label, "mita")]
 
 
 def _compute(

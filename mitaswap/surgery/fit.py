@@ -68,12 +68,22 @@ def _without_grid(site: Site, spec: Spec) -> str:
             f" {part.spec} needs no grid: ask for the layer by name, layers={site.path!r}. '*' "
             "leaves out layers whose tokens may be no image's."
         )
-    able = [name for name in MECHANISMS.names() if "grid" not in mechanism(name).needs]
+    able = [name for name in able_at(site) if "grid" not in mechanism(name).needs]
+    one = len(able) == 1
+    need = "needs none" if one else "need none"
+    if site.bias != "none":
+        need += f" and {'honours' if one else 'honour'} the {site.bias}"
     return (
         f" {part.spec} needs the patch grid, which is read from a feature map of the forward and "
-        f"cannot be given. {', '.join(able)} need none and run here where the layer is asked for "
-        f"by name, layers={site.path!r}."
+        f"cannot be given. {', '.join(able)} {need}; {'it runs' if one else 'they run'} here where "
+        f"the layer is asked for by name, layers={site.path!r}."
     )
+
+
+def able_at(site: Site) -> list[str]:
+    """Names of the mechanisms that can honour what a site's attention call brings."""
+    names = MECHANISMS.names()
+    return [n for n in names if site.bias == "none" or "bias" in MECHANISMS.get(n).supports]
 
 
 def fit(

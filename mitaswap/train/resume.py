@@ -150,9 +150,12 @@ def _replace(path: Path, write: Callable[[IO[bytes]], None]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+    except (OSError, RuntimeError) as error:
+        why: object = error
+        if isinstance(error, RuntimeError):  # what torch.save makes of a full disk
+            why = f"the disk is full, it seems ({str(error).splitlines()[0]})"
         raise MitaswapError(
-            f"cannot write {path}: {error}. What was there before is intact; free some space or "
+            f"cannot write {path}: {why}. What was there before is intact; free some space or "
             "mend the permissions, then repeat the command to go on after the last finished epoch."
         ) from error
     finally:
