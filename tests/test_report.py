@@ -197,8 +197,8 @@ def test_summary_numbers_are_those_of_the_rows(whole: Path) -> None:
     )
     assert "50.0% of it (95% intervals do not overlap)" in text
     assert (
-        "tiny with mita: 5 settings, the best is m = 9, k = 4 with 90.5%; 1 reaches the baseline of "
-        "90.0% and 2 reach 99% of it, with the smallest m + k at m = 4, k = 4" in text
+        "tiny with mita: 5 settings, the best is m = 9, k = 4 with 90.5%; 1 reaches the baseline "
+        "of 90.0% and 2 reach 99% of it, with the smallest m + k at m = 4, k = 4" in text
     )
     assert "in layer 1 (mean IoU 0.310, chance 0.030) and least in layer 2 (0.020)" in text
     assert "90.00 (88.00 to 92.00)" in text
