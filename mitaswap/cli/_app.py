@@ -28,8 +28,14 @@ class Stopped(Exception):
 
 
 class _Verbs(TyperGroup):
+    # before typer's own answer to Ctrl-C: silent in some versions, exit code 1 or 130
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().make_context(*args, **kwargs)
+        except KeyboardInterrupt:
+            raise Stopped from None
+
     def invoke(self, ctx: Any) -> Any:
-        # before typer's own answer to Ctrl-C: silent in some versions, exit code 1 in others
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
