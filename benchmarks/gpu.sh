@@ -20,7 +20,8 @@ core() {  # attention alone; as many images as have 65,536 tokens together, 6 he
 models() {  # whole networks, each at its fastest batch
     for model in deit_small_patch16_224 vit_base_patch16_224; do
         $MITASWAP bench "timm:$model" --run "mita(m=25,k=25)" --img-size 224,512,1024,2048 \
-            -b auto --dtype bfloat16 --compile --seconds "$SECONDS_EACH" -o "$OUT/$model"
+            -b auto --dtype bfloat16 --channels-last --compile \
+            --seconds "$SECONDS_EACH" -o "$OUT/$model"
     done
 }
 
@@ -31,8 +32,8 @@ length() {  # the paper's Fig. 6: three layers of width 128, m k = N / 4
         batch=auto
         [ "$side" -lt 1024 ] || batch=1  # full attention takes seconds there
         $MITASWAP bench "timm:vit_tiny_patch16_224(img_size=$side,$shape)" \
-            --run "mita(m=$half,k=$half)" --img-size "$side" -b $batch --dtype float16 --compile \
-            --seconds "$SECONDS_EACH" -o "$OUT/length-$side"
+            --run "mita(m=$half,k=$half)" --img-size "$side" -b $batch --dtype float16 \
+            --channels-last --compile --seconds "$SECONDS_EACH" -o "$OUT/length-$side"
     done
 }
 

@@ -293,6 +293,7 @@ def test_out_of_memory_is_a_row(cli: Command, tmp_path: Path, kernels: Any) -> N
         (("--run", "mitta"), "mita"),
         (("--run", "linear", "--tokens", "many"), "whole numbers"),
         (("--run", "linear", "--img-size", "224"), "give a MODEL"),
+        (("--run", "linear", "--channels-last"), "--channels-last is for whole models"),
         (("--run", "linear", "-b", "auto"), "--total-tokens"),
         (("--run", "linear", "--dtype", "half"), "dtype"),
         (("--run", "linear", "--cuda-graph"), "not of device cpu; leave --cuda-graph out"),
@@ -336,6 +337,34 @@ def test_whole_models_become_rows(cli: Command, tmp_path: Path, tiny: str) -> No
     rate = 2e3 / forward["ms_q50"]
     assert np.allclose(forward["infer_samples_per_sec"], rate)
     assert rows.loc[rows["direction"] != "forward", "train_samples_per_sec"].notna().all()
+
+
+def test_channels_last_is_a_condition_of_its_own(
+    cli: Command, tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    laid: list[bool] = []
+
+    def look(module: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
+        if isinstance(module, torch.nn.Conv2d) and args[0].shape[0] == 3:
+            laid.extend(x.is_contiguous(memory_format=torch.channels_last) for x in args)
+            laid.append(module.weight.is_contiguous(memory_format=torch.channels_last))
+
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(look)
+    asked = (tiny, "--run", "linear", "-b", "3", *SHORT)
+    try:
+        for name, more, last in (("plain", (), False), ("last", ("--channels-last",), True)):
+            laid.clear()
+            done = cli("bench", *asked, *more, "-o", tmp_path / name)
+            assert done.code == 0, done.err
+            assert laid and set(laid) == {last}
+            assert ("channels last" in done.out) is last
+    finally:
+        handle.remove()
+    out = tmp_path / "report"
+    done = cli("report", tmp_path / "plain", tmp_path / "last", "-o", out)
+    assert done.code == 0, done.err
+    text = (out / "report.md").read_text()
+    assert text.count("eager, channels last") and text.count("eager, 3 images")
 
 
 def test_the_best_batch_is_searched(

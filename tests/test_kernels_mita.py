@@ -276,7 +276,7 @@ def test_the_largest_are_chosen_by_value_then_position(kind: str) -> None:
     from chosen_rows import choose
 
     generator = torch.Generator().manual_seed(0)
-    for size in (1, 2, 31, 64, 100):
+    for size in (1, 2, 31, 64, 100, 256, 700, 1100):
         x = torch.randn(size, generator=generator)
         x = {
             "normal": x,
@@ -403,3 +403,26 @@ def test_compiles_whole_and_is_captured(side: int) -> None:
         captured = step(q, k, v)
     graph.replay()
     assert all(torch.equal(a, b) for a, b in zip(captured, eager, strict=True))
+
+
+@on_interpreter
+def test_offsets_of_32_bits_only_where_they_fit() -> None:
+    from mitaswap.kernels.mita_plan import near
+
+    rows = torch.empty(2, 3, 4096, 64, device="meta")
+    apart = torch.empty_strided((1, 1, 4096, 64), (0, 0, 2**19, 1), device="meta")
+    assert near(rows, apart[:, :, :4095])
+    assert not near(rows, torch.empty_strided((1, 1, 4097, 64), (0, 0, 2**19, 1), device="meta"))
+
+
+@on_interpreter
+@pytest.mark.parametrize(
+    ("tokens", "tile", "tiles"),
+    [(1, 64, 1), (197, 256, 1), (576, 576, 1), (577, 320, 2), (1024, 512, 2), (1025, 576, 2),
+     (4097, 576, 8), (65536, 512, 128), (65537, 576, 114), (2**20, 8192, 128)],
+)  # fmt: skip
+def test_tiles_cover_all_tokens_and_spare_a_class_token(tokens: int, tile: int, tiles: int) -> None:
+    from mitaswap.kernels.mita_plan import token_tiles
+
+    assert token_tiles(tokens) == (tile, tiles)
+    assert tile * (tiles - 1) < tokens <= tile * tiles

@@ -28,12 +28,19 @@ class Setting:
         dtype, device: of all tensors.
         backward: whether gradients are part of it.
         seed: of the random numbers.
+        channels_last: whether images and the weights of convolutions lie channels last in memory.
     """
 
     dtype: torch.dtype
     device: torch.device
     backward: bool = False
     seed: int = 0
+    channels_last: bool = False
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """How 4-D tensors lie in memory."""
+        return torch.channels_last if self.channels_last else torch.preserve_format
 
 
 @dataclass(frozen=True, kw_only=True)

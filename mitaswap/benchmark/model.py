@@ -145,7 +145,7 @@ def place(network: Network, like: Setting) -> Network:
             f"{network.name!r} has no classification head, so there is no backward to time; "
             "give --bench inference"
         )
-    network.module.to(device=like.device, dtype=like.dtype)
+    network.module.to(like.device, like.dtype).to(memory_format=like.memory_format)
     return network
 
 
@@ -198,4 +198,5 @@ def _wait(device: torch.device) -> None:
 def _images(network: Network, batch: int, size: tuple[int, int], like: Setting) -> Tensor:
     made = torch.Generator(like.device).manual_seed(like.seed)
     shape = (batch, len(network.preprocess.mean), *size)
-    return torch.randn(shape, generator=made, device=like.device).to(like.dtype)
+    images = torch.randn(shape, generator=made, device=like.device)
+    return images.to(like.dtype).to(memory_format=like.memory_format)

@@ -88,6 +88,10 @@ def bench(
             "--cuda-graph", help="Core: measure replays of a CUDA graph, too: no launch overhead."
         ),
     ] = False,
+    channels_last: Annotated[
+        bool,
+        typer.Option("--channels-last", help="Model: images and convolutions channels last."),
+    ] = False,
     seconds: Annotated[
         float,
         typer.Option(min=0, metavar="S", help="Time per mechanism and point; at least 5 rounds."),
@@ -115,7 +119,8 @@ def bench(
         "--prefix": prefix or None,
     }
     core["--total-tokens"] = total_tokens
-    odd = core if model else {"--img-size": img_size, "--arch": arch}
+    whole = {"--img-size": img_size, "--arch": arch, "--channels-last": channels_last or None}
+    odd = core if model else whole
     for option, given in odd.items():
         if given is not None:
             mode = "the attention core, without MODEL" if model else "whole models; give a MODEL"
@@ -136,6 +141,7 @@ def bench(
         dtypes=tuple(_items(dtype)),
         directions=("inference", "train") if direction == "both" else (direction,),
         modes=("eager", *["compile"] * compiled, *["cuda-graph"] * graphs),
+        channels_last=channels_last,
         device=device,
         effort=Effort(seconds, num_warm_iter),
         seed=seed,

@@ -12,7 +12,7 @@ import pandas as pd
 
 #: what must be equal for two speeds to be compared, besides the size
 CONDITIONS = ["model", "device_name", "dtype", "direction", "mode", "batching"]
-CONDITIONS += ["heads", "head_dim", "prefix"]
+CONDITIONS += ["memory_format", "heads", "head_dim", "prefix"]
 _COLUMNS = ["study", "bench", "run_with", "status", "error", "tokens", "grid", "img_size", "pixels"]
 _COLUMNS += ["ms_q20", "ms_q50", "ms_q80", "ratio", "baseline", "peak_mib", "rounds", "batch_size"]
 _COLUMNS += ["bytes_floor_ms", "flops_floor_ms", "floor_share", "copy_gb_s", "matmul_tflop_s"]
@@ -37,6 +37,8 @@ def conditions(rows: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
         first = part[CONDITIONS].iloc[0].dropna()
         words = [f"{first['model']}"] if "model" in first else []
         words += [str(first["direction"]), str(first["dtype"]), _mode(str(first["mode"]))]
+        if "memory_format" in first:
+            words.append(str(first["memory_format"]))
         if "heads" in first:
             words.append(f"{first['heads']:.0f} heads of {first['head_dim']:.0f}")
         total, tokens, _ = str(first["batching"]).partition(" tokens")

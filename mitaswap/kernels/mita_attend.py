@@ -141,10 +141,10 @@ def attend_kernel(
         d = tl.arange(0, BLOCK_D)
         at = (item // N).to(tl.int64) * soj + n.to(tl.int64) * son
         mask = ok[:, None] & (d < D)[None, :]
-        x = (acc / total[:, None]).to(out.dtype.element_ty)
+        x = (acc * (1.0 / total)[:, None]).to(out.dtype.element_ty)
         tl.store(base + at[:, None] + d[None, :], x, mask=mask)
     else:
-        store_rows(base, n, son, ok, acc / total[:, None], D, BLOCK_D)
+        store_rows(base, n, son, ok, acc * (1.0 / total)[:, None], D, BLOCK_D)
     if SAVE:
         at = (item // N).to(tl.int64) * (tl.num_programs(0) // tiles) * N + head * N + n
         tl.store(lse + at, top + tl.log2(total), mask=ok)
@@ -176,5 +176,5 @@ def merge_kernel(
         rows = load_rows(parts + (j * BH + head) * N * D, n, D, ok, D, BLOCK_D)
         acc += rows * weight[:, None]
     base = out + head_offset(bh, H, sob, soh)
-    store_rows(base, n, son, ok, acc / total[:, None], D, BLOCK_D)
+    store_rows(base, n, son, ok, acc * (1.0 / total)[:, None], D, BLOCK_D)
     tl.store(lse + head * N + n, top + tl.log2(total), mask=ok)

@@ -44,6 +44,31 @@ def store_rows(base, rows, stride, ok, x, D: tl.constexpr, BLOCK_D: tl.constexpr
 
 
 @triton.jit
+def load_near(base, rows, stride, ok, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """`load_rows` of a view that spans fewer than 2^31 elements: 32-bit offsets, a third of the
+    instructions.
+    """
+    d = tl.arange(0, BLOCK_D)
+    at = base + (rows[:, None] * stride + d[None, :])
+    if D == BLOCK_D:
+        return tl.load(at, mask=ok[:, None], other=0.0)
+    else:
+        return tl.load(at, mask=ok[:, None] & (d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def store_near(base, rows, stride, ok, x, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """`store_rows`, as `load_near`."""
+    d = tl.arange(0, BLOCK_D)
+    at = base + (rows[:, None] * stride + d[None, :])
+    x = x.to(base.dtype.element_ty)
+    if D == BLOCK_D:
+        tl.store(at, x, mask=ok[:, None])
+    else:
+        tl.store(at, x, mask=ok[:, None] & (d < D)[None, :])
+
+
+@triton.jit
 def split(x, dtype: tl.constexpr):
     """x (float32) as up to three terms of `dtype` whose products with `dtype` operands can be
     summed in float32 to about float32 precision: a landmark rounded to half precision would pick

@@ -19,7 +19,12 @@ from mitaswap.kernels.mita_backward import (
     shared_backward_kernel,
 )
 from mitaswap.kernels.mita_call import Saved, Sizes, readable
-from mitaswap.kernels.mita_probe import marks_kernel, pool_kernel, probe_kernel
+from mitaswap.kernels.mita_probe import (
+    marks_kernel,
+    pool_kernel,
+    probe_kernel,
+    windows_kernel,
+)
 from mitaswap.kernels.mita_settle import settle_kernel
 from mitaswap.kernels.mita_short import fits, short_backward
 from mitaswap.kernels.mita_walk import walk_kernel
@@ -56,6 +61,16 @@ def empty_saved(q: Tensor, sizes: Sizes) -> Saved:
     )
 
 
+def sign(x: float) -> int:
+    """-1, 0 or 1."""
+    return (x > 0) - (x < 0)
+
+
+def near(*tensors: Tensor) -> bool:
+    """Whether the rows of each head of these [B, H, N, D] lie within 2^31 elements."""
+    return all((x.shape[2] - 1) * x.stride(2) + x.shape[3] < 2**31 for x in tensors)
+
+
 def group_width(tokens: int, top: int) -> int:
     """Neighbours whose maximum stands for them in a first choice of keys; 1: choose at once."""
     group = 8 if tokens < 2048 else min(64, max(16, power(ceil(tokens, 8192))))
@@ -63,9 +78,42 @@ def group_width(tokens: int, top: int) -> int:
     return group if tokens >= 512 and 2 * top <= ceil(tokens, group) else 1
 
 
+def token_tiles(tokens: int) -> tuple[int, int]:
+    """Tokens that a program of the probe goes through, and programs. A class token beside 1,024
+    patches is no reason for a third program.
+    """
+    few = max(1, tokens - 64)
+    usual = max(512, power(ceil(few, 128)))
+    tile = 64 * ceil(ceil(tokens, ceil(few, usual)), 64)
+    return tile, ceil(tokens, tile)
+
+
 def pool_parts(bh: int, tokens: int, m: int) -> int:
     """Programs per landmark: enough to fill the device, never for less than 64 rows each."""
     return max(1, min(ceil(1024, bh * m), tokens // m // 64, 16))
+
+
+def _pool(
+    q: Tensor, sizes: Sizes, marks: Tensor, terms: tuple[Tensor, Tensor, int], parts: int
+) -> None:
+    """Write the landmarks and their terms, from `parts` sums each."""
+    batch, heads, tokens, dim = q.shape
+    bh, m, block_d = batch * heads, sizes.m, power(dim, 16)
+    at, windows = q.stride()[:3], (sizes.first, sizes.height, sizes.width, sizes.a, sizes.b)
+    across = power(ceil(sizes.width, sizes.b) + 1)  # no window has more columns
+    if parts == 1 and tokens < 2048 and across <= 16:
+        windows_kernel[(bh * ceil(m, 4),)](
+            q, marks, *terms, *at, heads, m, *windows, D=dim, BLOCK_D=block_d,
+            BLOCK_W=4, BLOCK_Y=max(1, 16 // across), BLOCK_X=across, num_warps=1,
+        )  # fmt: skip
+        return
+    sums = marks if parts == 1 else _floats(q, bh, m, parts, dim)
+    pool_kernel[(bh * m * parts,)](
+        q, sums, *terms, *at, heads, m, parts, *windows, D=dim, BLOCK_D=block_d,
+        BLOCK_R=16 if tokens < 2048 else 64, num_warps=1 if tokens < 8192 else 4,
+    )  # fmt: skip
+    if parts > 1:
+        marks_kernel[(bh * m,)](sums, marks, *terms, parts, D=dim, BLOCK_D=block_d, num_warps=1)
 
 
 def _probe(
@@ -77,20 +125,10 @@ def _probe(
     batch, heads, tokens, dim = q.shape
     bh, m, top, s = batch * heads, sizes.m, sizes.top, sizes.s
     block_d = power(dim, 16)
-    parts = pool_parts(every, tokens, m)
-    marks = saved.exact
     # landmarks as sums of terms in q's dtype, so that tensor cores multiply them about exactly
     rest = q.new_empty({torch.float32: 0, torch.float16: 1}.get(q.dtype, 2), bh, m, dim)
-    terms, sums = (saved.marks, rest, bh * m * dim), marks
-    if parts > 1:
-        sums = _floats(q, bh, m, parts, dim)
-    pool_kernel[(bh * m * parts,)](
-        q, sums, *terms, *q.stride()[:3], heads, m, parts, sizes.first, sizes.height,
-        sizes.width, sizes.a, sizes.b, D=dim, BLOCK_D=block_d, BLOCK_R=16 if tokens < 2048 else 64,
-        num_warps=1 if tokens < 8192 else 4,
-    )  # fmt: skip
-    if parts > 1:
-        marks_kernel[(bh * m,)](sums, marks, *terms, parts, D=dim, BLOCK_D=block_d, num_warps=1)
+    terms = (saved.marks, rest, bh * m * dim)
+    _pool(q, sizes, saved.exact, terms, pool_parts(every, tokens, m))
 
     wide = q.dtype == torch.float32 or block_d > 64
     # With four warps and blocks of 16 landmarks, ptxas (Triton 3.6, sm_90a) takes descriptors of
@@ -101,11 +139,12 @@ def _probe(
     # blocks of 32 landmarks are too few rows for a warp group's product: two warps, that exchange
     # less, and six programs on a multiprocessor
     narrow = not wide and block_m <= 32
-    tile = max(512, power(ceil(tokens, 128)))
-    tiles = ceil(tokens, tile)
-    shared, routed = bool(sizes.shared), bool(top)
-    part_v = _floats(q, bh, tiles, m, dim if shared else 0)
-    part_top = _floats(q, 2, bh, tiles, m)
+    tile, tiles = token_tiles(tokens)
+    shared, routed, whole = bool(sizes.shared), bool(top), tiles == 1
+    part_v, part_top, part_sum = saved.values, saved.probe_lse, saved.probe_lse
+    if not whole:  # else the probe's only tile has all of V~
+        part_v = _floats(q, bh, tiles, m, dim if shared else 0)
+        part_top, part_sum = _floats(q, 2, bh, tiles, m)
     ranks = saved.order.new_empty(bh, s if routed else 0, tokens)
     hist = saved.order.new_empty(2, bh, tiles, m)
     group = group_width(tokens, top) if routed else 1
@@ -120,25 +159,30 @@ def _probe(
     peaks = _floats(q, chunk if group > 1 else 0, m, peak_row)
     picked = ranks.new_empty(chunk if group > 1 else 0, m, top)
     block_l, block_c = power(groups), power(max(1, top * group)) if group > 1 else 1
+    widest = max(block_l, block_c)
+    warps = min(16, widest // 512) if widest > 1024 else 1
     for first in range(0, bh, chunk):
         now = min(chunk, bh - first)
         probe_kernel[(now * tiles, blocks_m + routed)](
-            q, k, v, *terms, scores, peaks, part_v, part_top[0], part_top[1],
+            q, k, v, *terms, scores, peaks, part_v, part_top, part_sum,
             saved.route, ranks, hist[0], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
             row, peak_row, heads, tokens, m, tiles, first, scale,
             S=s, G=group, D=dim, BLOCK_D=block_d, BLOCK_M=block_m, BLOCKS_M=blocks_m,
-            BLOCK_N=64, TILE=tile, ROUTED=routed, SHARED=shared, SIGN=(scale > 0) - (scale < 0),
-            num_warps=8 if wide else 2 if narrow else 4, num_stages=2 if wide or narrow else 3,
+            BLOCK_N=64, TILE=tile, ROUTED=routed, SHARED=shared, SIGN=sign(scale), WHOLE=whole,
+            num_warps=8 if wide else 2 if narrow else 4,
+            num_stages=2 if wide or (narrow and not whole) else 3,
             maxnreg=168 if narrow else None,
         )  # fmt: skip
+        if not routed and (whole or not shared):
+            continue
         settle_kernel[(now * m + now * tiles * routed,)](
-            scores, peaks, picked, saved.members, part_v, part_top[0], part_top[1], saved.values,
+            scores, peaks, picked, saved.members, part_v, part_top, part_sum, saved.values,
             saved.probe_lse, saved.route, ranks, hist[0], hist[1], saved.starts, saved.order,
             row, peak_row, tokens, m, groups, tiles, tile, now * m, first, scale,
             K=top, S=s, G=group, D=dim, BLOCK_D=block_d, BLOCK_L=block_l, BLOCK_C=block_c,
             BLOCK_T=min(32, power(tiles)), BLOCK_E=power(m), BLOCK_H=min(32, power(tiles)),
-            BLOCK_I=256, ROUTED=routed, SHARED=shared,
-            num_warps=min(16, max(1, max(block_l, block_c) // 2048)),
+            BLOCK_I=256, ROUTED=routed, GATHER=shared and not whole,
+            THREADS=32 * warps, num_warps=warps,
         )  # fmt: skip
 
 
@@ -178,14 +222,15 @@ def _attend(
     tiles = s * tokens // tile + m if routed else ceil(tokens, tile)
     half, widest = q.element_size() == 2, max(m, top)
     narrow = widest <= (64 if half and block_d <= 64 else 32) and block_d <= 128
-    if routed and s == 1 and tokens <= 4096 and narrow:
-        programs = max(4, tokens // 256)
+    if routed and s == 1 and tokens <= 4096 and narrow and near(q, k, v, out):
+        programs = max(2, tokens // 256)
         walk_kernel[(bh * programs,)](
             q, k, v, saved.marks, saved.values, saved.members, saved.starts, saved.order, out,
             saved.lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
             heads, tokens, programs, scale, again,
             M=m, K=top, D=dim, BLOCK_D=block_d, T=tile, BLOCK_M=power(m, 16),
             BLOCK_K=power(top, 16), SHARED=bool(sizes.shared), SAVE=save,
+            SIGN=sign(scale), SHARED_SIGN=sign(again),
             num_warps=4 if tile > 16 else 1, num_stages=3 if half else 1,
         )  # fmt: skip
         return

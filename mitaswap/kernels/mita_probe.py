@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from mitaswap.kernels.mita_parts import (
+    LOG2E,
     beyond,
     exponent_factor,
     head_offset,
@@ -16,6 +17,7 @@ from mitaswap.kernels.mita_parts import (
     product_onto,
     routing_scores,
     split,
+    store_rows,
 )
 
 
@@ -73,6 +75,53 @@ def pool_kernel(
 
 
 @triton.jit
+def windows_kernel(
+    q, sums, low, rest, apart, sqb, sqh, sqn, H, M, first, height, width, A, B,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_Y: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+):  # fmt: skip
+    """`pool_kernel` with P = 1 for windows of at most BLOCK_X columns, BLOCK_W of them a program,
+    BLOCK_Y of their rows at a time: where windows are small, a program each does little else than
+    find out where it is.
+
+    Grid (BH * ceil(M / BLOCK_W)).
+    """
+    pid = tl.program_id(0)
+    blocks = (M + BLOCK_W - 1) // BLOCK_W
+    bh = pid // blocks
+    w = pid % blocks * BLOCK_W + tl.arange(0, BLOCK_W)
+    i = w // B
+    j = w % B
+    top = i * height // A
+    left = j * width // B
+    rows = tl.where(w < M, ((i + 1) * height + A - 1) // A - top, 0)
+    columns = ((j + 1) * width + B - 1) // B - left
+    r = tl.arange(0, BLOCK_Y * BLOCK_X)[None, :]
+    x = r % BLOCK_X
+    corner = first + top * width + left
+    base = q + head_offset(bh, H, sqb, sqh)
+    d = tl.arange(0, BLOCK_D)
+    total = tl.zeros([BLOCK_W, BLOCK_D], tl.float32)
+    for start in range(0, (height + A - 1) // A + 1, BLOCK_Y):
+        y = start + r // BLOCK_X
+        ok = (y < rows[:, None]) & (x < columns[:, None])
+        token = (corner[:, None] + y * width + x).to(tl.int64)
+        ok = ok[:, :, None] & (d < D)[None, None, :]
+        some = tl.load(base + (token * sqn)[:, :, None] + d[None, None, :], mask=ok, other=0.0)
+        total += tl.sum(some.to(tl.float32), 1)
+    row = bh * M + w
+    mark = total * (1.0 / tl.maximum(rows * columns, 1))[:, None]
+    store_rows(sums, row, D, w < M, mark, D, BLOCK_D)
+    dtype: tl.constexpr = low.dtype.element_ty
+    hi, mid, lo = split(mark, dtype)
+    store_rows(low, row, D, w < M, hi, D, BLOCK_D)
+    if dtype != tl.float32:
+        store_rows(rest, row, D, w < M, mid, D, BLOCK_D)
+    if dtype == tl.bfloat16:
+        store_rows(rest + apart, row, D, w < M, lo, D, BLOCK_D)
+
+
+@triton.jit
 def marks_kernel(sums, marks, low, rest, apart, P, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Landmarks from their P parts. Grid (BH * M); sums float32 [BH, M, P, D], marks float32
     [BH, M, D], and their terms in q's dtype.
@@ -123,10 +172,10 @@ def score_tile(
     k, v, low, rest, apart, scores, peaks, part_v, part_top, part_sum, skn, svn, sn, sg,
     N, M, scale, block, begin, end, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROUTED: tl.constexpr, SHARED: tl.constexpr,
-    SIGN: tl.constexpr,
+    SIGN: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Landmark scores of the keys begin ... end of one head, and their part of V~, for one block
-    of landmarks; arguments are the head's own.
+    """Landmark scores of the keys begin ... end of one head, and their part of V~ (WHOLE: all of
+    it), for one block of landmarks; arguments are the head's own.
     """
     hi, mid, lo = load_terms(low, rest, apart, block * BLOCK_M, M, D, BLOCK_M, BLOCK_D)
     row = block * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -164,11 +213,13 @@ def score_tile(
             acc = product_onto(weights.to(values.dtype), values, acc)
             top = higher
     if SHARED:
-        d = tl.arange(0, BLOCK_D)
+        if WHOLE:
+            acc *= (1.0 / total)[:, None]
+            top = (top * factor + tl.log2(total)) / LOG2E
+        else:
+            tl.store(part_sum + row, total, mask=row < M)
         tl.store(part_top + row, top, mask=row < M)
-        tl.store(part_sum + row, total, mask=row < M)
-        at = row[:, None] * D + d[None, :]
-        tl.store(part_v + at, acc, mask=(row < M)[:, None] & (d < D)[None, :])
+        store_rows(part_v, row, D, row < M, acc, D, BLOCK_D)
 
 
 @triton.jit
@@ -242,6 +293,7 @@ def probe_kernel(
     S: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCKS_M: tl.constexpr, BLOCK_N: tl.constexpr, TILE: tl.constexpr,
     ROUTED: tl.constexpr, SHARED: tl.constexpr, SIGN: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):  # fmt: skip
     """One tile of tokens: landmark scores of its keys, their share of V~, routes of its queries.
 
@@ -249,7 +301,8 @@ def probe_kernel(
     routes, which come first where they take longest. Terms of the landmarks as `store_terms` wrote
     them. The chunk's scores float32 [heads, M, sn], without the scale but with its SIGN, and peaks
     (maxima of G neighbours) [heads, M, sg], both -inf or nothing beyond N; all heads' part_v
-    float32 [BH, tiles, M, D], part_top (unscaled) and part_sum [BH, tiles, M]; choice and ranks
+    float32 [BH, tiles, M, D], part_top (unscaled) and part_sum [BH, tiles, M], or, where one tile
+    is the WHOLE, V~ itself in q's dtype and the log-sum-exp of the scores; choice and ranks
     (among the tile's queries of that expert) int32 [BH, S, N], hist int32 [BH, tiles, M].
     """
     pid = tl.program_id(0)
@@ -271,7 +324,7 @@ def probe_kernel(
             scores + local * M * sn, peaks + local * M * sg,
             part_v + at * M * D, part_top + at * M, part_sum + at * M, skn, svn, sn, sg,
             N, M, scale, block, begin, end,
-            G, D, BLOCK_D, BLOCK_M, BLOCK_N, ROUTED, SHARED, SIGN,
+            G, D, BLOCK_D, BLOCK_M, BLOCK_N, ROUTED, SHARED, SIGN, WHOLE,
         )  # fmt: skip
     else:
         route_tile(

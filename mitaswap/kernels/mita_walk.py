@@ -7,12 +7,13 @@ import triton
 import triton.language as tl
 
 from mitaswap.kernels.mita_parts import (
-    LOG2E,
+    exponent_factor,
     head_offset,
+    load_near,
     load_rows,
     product,
     product_onto,
-    store_rows,
+    store_near,
 )
 
 
@@ -23,10 +24,12 @@ def walk_kernel(
     H, N, programs, scale, again,
     M: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-    SHARED: tl.constexpr, SAVE: tl.constexpr,
+    SHARED: tl.constexpr, SAVE: tl.constexpr, SIGN: tl.constexpr,
+    SHARED_SIGN: tl.constexpr,
 ):  # fmt: skip
     """`attend_kernel` for S = 1 and few queries per expert: a program keeps the shared expert's
-    entries and walks through its share of the head's tiles of T queries, one expert each.
+    entries and walks through its share of the head's tiles of T queries, one expert each. SIGN and
+    SHARED_SIGN are those of scale and again. Offsets within a head fit 32 bits.
 
     Grid (BH * programs).
     """
@@ -51,6 +54,8 @@ def walk_kernel(
     before = tl.cumsum(tiles, 0) - tiles
     share = (tl.sum(tiles, 0) + programs - 1) // programs
     here = pid % programs * share
+    routed = exponent_factor(scale)
+    shared = exponent_factor(again)
     if SHARED:
         mark = tl.trans(load_rows(marks + head * M * D, e, D, e < M, D, BLOCK_D))
         value = load_rows(values + head * M * D, e, D, e < M, D, BLOCK_D)
@@ -63,23 +68,25 @@ def walk_kernel(
         ok = lane < left
         n = tl.load(order + place + lane, mask=ok, other=0)
         index = tl.load(members + expert * K + c, mask=c < K, other=0)
-        queries = load_rows(q, n, sqn, ok, D, BLOCK_D)
-        keys = load_rows(k, index, skn, c < K, D, BLOCK_D)
-        vals = load_rows(v, index, svn, c < K, D, BLOCK_D)
-        logits = product(queries, tl.trans(keys)) * (scale * LOG2E)
+        queries = load_near(q, n, sqn, ok, D, BLOCK_D)
+        keys = load_near(k, index, skn, c < K, D, BLOCK_D)
+        vals = load_near(v, index, svn, c < K, D, BLOCK_D)
+        # largest before the scale, so that it meets the logits in one multiply-add
+        logits = product(queries, tl.trans(keys)) * SIGN
         logits = tl.where((c < K)[None, :], logits, float("-inf"))
-        top = tl.max(logits, 1)
+        top = tl.max(logits, 1) * routed
         if SHARED:
-            some = product(queries, mark) * (again * LOG2E)
+            some = product(queries, mark) * SHARED_SIGN
             some = tl.where((e < M)[None, :], some, float("-inf"))
-            top = tl.maximum(top, tl.max(some, 1))
-        weights = tl.exp2(logits - top[:, None])
+            top = tl.maximum(top, tl.max(some, 1) * shared)
+        weights = tl.exp2(logits * routed - top[:, None])
         total = tl.sum(weights, 1)
         acc = product(weights.to(vals.dtype), vals)
         if SHARED:
-            weights = tl.exp2(some - top[:, None])
+            weights = tl.exp2(some * shared - top[:, None])
             total += tl.sum(weights, 1)
             acc = product_onto(weights.to(vals.dtype), value, acc)
-        store_rows(out, n, son, ok, acc / total[:, None], D, BLOCK_D)
+        # one division a query, not one an element
+        store_near(out, n, son, ok, acc * (1.0 / total)[:, None], D, BLOCK_D)
         if SAVE:
             tl.store(lse + n, top + tl.log2(total), mask=ok)

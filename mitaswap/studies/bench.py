@@ -47,6 +47,7 @@ class BenchPlan:
         dtypes: of all tensors, weights too.
         directions: "inference" and "train" (forward and backward).
         modes: "eager", "compile" (torch.compile), "cuda-graph" (replays of a graph; cores on CUDA).
+        channels_last: whether images and convolutions lie channels last in memory (networks).
         device: torch device; "auto" takes CUDA when there is one.
         effort: time that is spent.
         seed: of inputs and random weights.
@@ -64,6 +65,7 @@ class BenchPlan:
     dtypes: tuple[str, ...] = ("float32",)
     directions: tuple[str, ...] = ("inference",)
     modes: tuple[str, ...] = ("eager",)
+    channels_last: bool = False
     device: str = "auto"
     effort: Effort = field(default_factory=Effort)
     seed: int = 0
@@ -130,7 +132,8 @@ class BenchPlan:
             **options,
         }
         if self.model:
-            return {**own, "img_size": [_size(size) for size in self.sizes]}
+            last = {"channels_last": True} if self.channels_last else {}
+            return {**own, **last, "img_size": [_size(size) for size in self.sizes]}
         return {
             **own,
             "tokens": [str(layout) for layout in self.layouts],
@@ -167,6 +170,7 @@ def _settings(plan: BenchPlan) -> Iterator[tuple[Setting, str, Row]]:
             device=plan.torch_device,
             backward=direction == "train",
             seed=plan.seed,
+            channels_last=plan.channels_last,
         )
         columns: Row = {
             "study": "bench",
@@ -178,7 +182,11 @@ def _settings(plan: BenchPlan) -> Iterator[tuple[Setting, str, Row]]:
             "mode": mode,
             "seed": plan.seed,
         }
-        yield setting, f"{dtype}, {DIRECTIONS[direction]}, {mode}", columns
+        words = f"{dtype}, {DIRECTIONS[direction]}, {mode}"
+        if plan.channels_last:
+            columns["memory_format"] = "channels last"
+            words += ", channels last"
+        yield setting, words, columns
 
 
 def _cores(plan: BenchPlan, rates: Mapping[str, Rates]) -> Iterator[Cell]:
