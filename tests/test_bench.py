@@ -385,6 +385,35 @@ def test_the_best_batch_is_searched(
     assert set(rows["batch_size"]) == {4} and set(rows["batching"]) == {"best batch"}
 
 
+@pytest.mark.parametrize(
+    ("rates", "best"),
+    [
+        ({4: 10.0, 8: 12.0, 16: 12.1, 2: 99.0}, 8),  # up while it gains 2%, and not down then
+        ({4: 10.0, 8: 10.1, 2: 11.0, 1: 12.0}, 1),
+        ({4: 10.0, 8: 9.0, 2: 9.0}, 4),
+        ({4: 10.0, 2: 9.0}, 4),  # 8 does not fit
+        ({8: 1.0}, 8),  # 4 does not compile: its time will say so, or 8 runs
+    ],
+)
+def test_the_best_batch_of_a_compiled_network_is_near(
+    monkeypatch: pytest.MonkeyPatch, rates: dict[int, float], best: int
+) -> None:
+    from mitaswap.benchmark import model
+
+    def rate(network: Any, batch: int, size: Any, like: Any, compiled: bool = False) -> float:
+        if not compiled:
+            return {1: 1.0, 2: 2.0, 4: 4.0}.get(batch, 4.0)
+        if batch not in rates:
+            raise torch.OutOfMemoryError("full")
+        return rates[batch]
+
+    monkeypatch.setattr(model, "_rate", rate)
+    network: Any = None
+    setting = model.Setting(dtype=torch.float32, device=torch.device("cpu"))
+    assert model.best_batch(network, (8, 8), setting) == 4
+    assert model.best_batch(network, (8, 8), setting, compiled=True) == best
+
+
 # --- figures -------------------------------------------------------------------------------------
 
 

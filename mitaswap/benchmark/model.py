@@ -158,10 +158,13 @@ def finite(network: Network, size: tuple[int, int], like: Setting) -> bool:
         return bool(network.logits(_images(network, 2, size, like)).isfinite().all())
 
 
-def best_batch(network: Network, size: tuple[int, int], like: Setting) -> int | Failure:
+def best_batch(
+    network: Network, size: tuple[int, int], like: Setting, compiled: bool = False
+) -> int | Failure:
     """The power of two with the most images/s: until memory ends, or two doublings gain nothing.
 
-    The search runs uncompiled; a compiled network would be compiled again for each batch.
+    A compiled network, which is compiled anew for each batch, is searched near what is best
+    uncompiled.
     """
     best, rate, worse, batch = 0, 0.0, 0, 1
     while batch <= _MOST and worse < 2:
@@ -174,12 +177,32 @@ def best_batch(network: Network, size: tuple[int, int], like: Setting) -> int | 
         worse = 0 if better else worse + 1
         best, rate = (batch, found) if better else (best, rate)
         batch *= 2
+    return _best_near(best, network, size, like) if compiled else best
+
+
+def _best_near(start: int, network: Network, size: tuple[int, int], like: Setting) -> int:
+    """The best batch of the compiled network, doubled or halved from a first one while it gains."""
+
+    def rate(batch: int) -> float:
+        """Images/s; 0 where it does not run, of which its time will tell."""
+        found = attempt(partial(_rate, network, batch, size, like, True), like.device)
+        return 0.0 if isinstance(found, Failure) else found
+
+    best, most = start, rate(start)
+    for step in (2.0, 0.5):
+        while 1 <= (batch := int(best * step)) <= _MOST and (found := rate(batch)) > _GAIN * most:
+            best, most = batch, found
+        if best != start:
+            break
     return best
 
 
-def _rate(network: Network, batch: int, size: tuple[int, int], like: Setting) -> float:
+def _rate(
+    network: Network, batch: int, size: tuple[int, int], like: Setting, compiled: bool = False
+) -> float:
     """Images/s, median of a few calls."""
-    run = model_run(network, _images(network, batch, size, like), like.backward)
+    images = _images(network, batch, size, like)
+    run = model_run(network, images, like.backward, compiled, f"batch_{batch}")
     seconds = []
     for _ in range(_CALLS + 1):
         _wait(like.device)

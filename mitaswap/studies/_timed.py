@@ -115,7 +115,7 @@ def time_networks(
             networks[name], verdict = made
             if verdict is not None:
                 verdicts[name] = verdict
-            chosen = batch or best_batch(networks[name], swaps.size, setting)
+            chosen = batch or best_batch(networks[name], swaps.size, setting, _compiled(about))
             if isinstance(chosen, Failure):
                 found[name] = chosen
                 del networks[name]
