@@ -437,6 +437,13 @@ def test_figures_and_report_of_both_kinds(cli: Command, tmp_path: Path, tiny: st
         assert word in page
 
 
+def test_cores_have_no_channels_last() -> None:
+    from mitaswap.studies.bench import BenchPlan
+
+    with pytest.raises(MitaswapError, match="attention cores have no images"):
+        BenchPlan((Spec("linear"),), channels_last=True)
+
+
 def test_the_plan_is_json(tmp_path: Path) -> None:
     from mitaswap.studies.bench import BenchPlan
 

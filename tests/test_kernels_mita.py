@@ -72,8 +72,10 @@ SMALL = [
     Case("mita(m=6,k=5)", TokenLayout(1, (5, 9)), 16, scale=-0.3),
     Case("mita(m=6,k=5)", TokenLayout(1, (5, 9)), 16, torch.float16, scale=0.0),
     Case("mita(m=2,k=20,pool=1x2)", TokenLayout(0, (4, 5)), 16, heads=1),
-    # long enough for a first choice among groups of keys, and for two tiles of the sort
-    Case("mita(m=4,k=9)", TokenLayout(1, (23, 25)), 16, heads=1),
+    # long enough for a first choice among groups of keys, for two tiles of the sort and of V~
+    Case("mita(m=4,k=9)", TokenLayout(1, (24, 25)), 16, heads=1),
+    # windows wider than the programs that pool several
+    Case("mita(m=20,k=9,pool=10x2)", TokenLayout(0, (10, 40)), 16, heads=1),
 ]
 
 LONG = [

@@ -1,8 +1,8 @@
 """MiTA's plan of launches, forward and backward; none of them waits for the host. Large calls go in
 two halves.
 
-Forward, four or five: pool (landmarks), probe (landmark scores and V~ of all keys, routes of all
-queries), settle (top-k, V~ from its parts, counting sort of the queries), attend.
+Forward, mostly four: pool (landmarks), probe (landmark scores and V~ of all keys, or its parts,
+routes of all queries), settle (top-k, V~ from its parts, counting sort of the queries), attend.
 """
 
 from __future__ import annotations

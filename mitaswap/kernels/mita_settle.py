@@ -95,7 +95,7 @@ def write_list(to, chosen, at, K):
 
 @triton.jit
 def select_row(
-    scores, peaks, picked, members, sn, sg, N, groups, K: tl.constexpr, G: tl.constexpr,
+    scores, peaks, picked, members, N, groups, K: tl.constexpr, G: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     """The K largest of one row of N scores, ascending by position, into members.
@@ -203,7 +203,7 @@ def settle_kernel(
         if ROUTED:
             select_row(
                 scores + local * sn, peaks + local * sg, picked + local * K,
-                members + row * K, sn, sg, N, groups, K, G, BLOCK_L, BLOCK_C, THREADS,
+                members + row * K, N, groups, K, G, BLOCK_L, BLOCK_C, THREADS,
             )  # fmt: skip
         if GATHER:
             part = (pid // M + first_head).to(tl.int64) * tiles * M + pid % M

@@ -90,6 +90,8 @@ class BenchPlan:
                 f"CUDA graphs are timed of attention cores on a CUDA device, not of {subject}; "
                 "leave --cuda-graph out, or give --compile"
             )
+        if self.model is None and self.channels_last:
+            raise MitaswapError("channels last is for whole models: attention cores have no images")
         if self.model is None and 0 in self.batches:
             raise MitaswapError(
                 "the batch that suits best is searched for whole models; attention cores need a "
