@@ -37,7 +37,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mitaswap import TokenLayout, mechanism
-from mitaswap.mechanisms import MECHANISMS, Mechanism, Routing, Wrapper
+from mitaswap.mechanisms import MECHANISMS, Mechanism, Routing, SiteShape, Wrapper
 
 FEW = settings(max_examples=5, deadline=None, derandomize=True)
 
@@ -468,6 +468,26 @@ def test_declared_limits(spec: str, limit: str, layout: TokenLayout) -> None:
     sizes = {"tokens": layout.tokens, "patches": layout.patches, "dim": dim}
     part, other = (mechanism(text.format(**sizes)) for text in (spec, limit))
     same(attend(part, *tensors, layout), attend(other, *tensors, layout), 1e-10)
+
+
+PAPERS = [cls.paper for _, cls in MECHANISMS.items() if cls.paper]
+
+
+@pytest.mark.parametrize("spec", PAPERS)
+def test_the_papers_own_module_runs(spec: str) -> None:
+    """It is another one than the name alone, and runs where texts of its length would."""
+    layout = TokenLayout(1, (64, 64))
+    part = mechanism(spec)
+    inner = part
+    while isinstance(inner, Wrapper):
+        inner = inner.inner
+    assert type(inner).paper == spec and str(part.spec) != str(mechanism(inner.name).spec)
+    part.attach(SiteShape(1, 32, layout))
+    q, k, v = torch.randn(3, 1, 1, layout.tokens, 32)
+    x = {"x": torch.randn(1, layout.tokens, 32)} if "x" in part.needs else {}
+    with torch.no_grad():
+        out = part(q, k, v, layout=layout, scale=32**-0.5, **x)
+    assert out.shape == v.shape and out.isfinite().all()
 
 
 def test_what_is_usable_untrained_declares_its_limit() -> None:

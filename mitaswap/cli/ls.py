@@ -152,7 +152,8 @@ def _part(part: Mechanism) -> None:
     else:
         limits = "\n".join(f"{spec} is {limit}" for spec, limit in cls.limits) or "none"
         card = [(f.name.replace("_", " "), getattr(cls.card, f.name)) for f in fields(cls.card)]
-        about = [*card, *about, ("limits", limits), *_reading(part, own), *_cost(part)]
+        papers = [("the paper's", cls.paper)] if cls.paper else []
+        about = [*card, *about, *papers, ("limits", limits), *_reading(part, own), *_cost(part)]
     out.print(f"+{cls.name}" if inner else cls.name, style="bold", markup=False)
     out.print(_flowing(cls.__doc__ or ""), markup=False, highlight=False)
     show("", {"about": "text", "": "text"}, about)

@@ -51,6 +51,9 @@ class Mechanism(nn.Module):
     #: options at which it equals another mechanism, as pairs of call strings; {tokens} and
     #: {patches} are those of the layout, {dim} is the head's
     limits: ClassVar[tuple[tuple[str, str], ...]] = ()
+    #: the paper's module at the paper's sizes, where it gives them and the name alone is not that:
+    #: wrappers around the formula, counts for texts of thousands of tokens (64 x 64 patches here)
+    paper: ClassVar[str] = ""
     #: the laws that hold for it, of `TRAITS`; where options decide, a property
     traits: ClassVar[frozenset[str]] = frozenset()
     #: what it reads of a site besides q, k, v: "grid" (where the patches are), "x" (the attention

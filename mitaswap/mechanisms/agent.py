@@ -76,6 +76,7 @@ class Agent(Mechanism):
         untrained="usable",
     )
     limits = (("agent(n=9,bias=true)", "agent(n=9)"),)
+    paper = "agent(bias=true)+dwc"
     samples = ({}, {"n": 9}, {"n": 8, "pool": "2x4"}, {"n": 6}, {"n": 12, "bias": True})
     traits = frozenset(
         {"linear", "averages", "convex", "scaled", "heads", "key-set", "special-set", "mirror"}

@@ -73,6 +73,7 @@ class Bra(Mechanism):
         untrained="usable",
     )
     limits = (("bra(n=9,k=9)", "standard"),)
+    paper = "bra+dwc(kernel=5)"
     samples = (
         {"n": 16, "k": 3},
         {"n": 12, "k": 2, "graph": "per-head"},

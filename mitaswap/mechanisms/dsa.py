@@ -100,6 +100,7 @@ class Dsa(Mechanism):
         untrained="usable",
     )
     limits = (("dsa(k={tokens})", "standard"),)
+    paper = "dsa(k=2048,index_from=x)"
     samples = (
         {"k": 13},
         {"k": 9, "index_heads": 2, "index_dim": 5, "norm": True},

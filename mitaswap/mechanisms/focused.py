@@ -87,6 +87,7 @@ class Focused(Mechanism):
         ("focused(positions=true)", "focused"),
         ("focused(factor=1)", "linear(feature=relu)"),
     )
+    paper = "focused+dwc(kernel=5)"
     samples = (
         {},
         {"factor": 8.0},

@@ -66,6 +66,7 @@ class Linformer(Mechanism):
         untrained="usable",
     )
     limits = (("linformer(n={patches})", "standard"),)
+    paper = "linformer(n=256)"
     samples = (
         {},
         {"n": 9, "sharing": "none"},

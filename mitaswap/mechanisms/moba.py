@@ -75,6 +75,8 @@ class Moba(Mechanism):
         ("moba(n=4,k=4)", "standard"),
         ("moba(n=4,k=4,blocks=windows)", "standard"),
     )
+    # blocks of 512 tokens
+    paper = "moba(n=8)"
     samples = (
         {"n": 8, "k": 4, "own": False},
         {"n": 9, "k": 5},

@@ -117,6 +117,8 @@ class Nsa(Mechanism):
         cost="N (N / stride^2 + k block^2 + window^2) d",
         untrained="usable",
     )
+    # the squares nearest to blocks of 32, 16 apart, of 64, and a window of 512 tokens
+    paper = "nsa(blocks=raster,block=8,k=16,span=6,stride=4,window=23)"
     samples = (
         {"k": 4, "block": 3},
         {"k": 5, "block": 2, "span": 2, "stride": 2},

@@ -88,6 +88,7 @@ class Nystrom(Mechanism):
         ("nystrom(m={tokens},iterations=30)", "standard"),
         ("nystrom(conv=0)", "nystrom"),
     )
+    paper = "nystrom(m=64)"
     samples = (
         {"m": 9},
         {"m": 9, "conv": 0},

@@ -96,6 +96,7 @@ class Polaformer(Mechanism):
         ("polaformer(positions=true)", "polaformer"),
         ("polaformer(conv=3)", "polaformer"),
     )
+    paper = "polaformer+dwc(kernel=5)"
     samples = (
         {},
         {"gate": False},

@@ -72,6 +72,7 @@ class Spark(Mechanism):
         ("spark(k={tokens},gate=exp,select=exact)", "standard"),
         ("spark(k=9,r={dim},gate=exp,select=exact)", "topk(k=9)"),
     )
+    paper = "spark(k=256)"
     samples = (
         {"k": 2},
         {"k": 14, "gate": "exp"},
