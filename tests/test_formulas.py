@@ -103,12 +103,12 @@ def test_every_mechanism_has_a_transcription() -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_mechanism_is_its_formula(case: Case) -> None:
-    names, *both_values = both(case)
-    # relative to the largest entry: entries near zero are sums that cancel; so is a whole gradient
-    # that is zero by the formula (of a key's bias), of terms like those of the others
-    least = 1e-3 * max(1.0, *(float(want.abs().max()) for want in both_values[1]))
-    for name, got, want in zip(names, *both_values, strict=True):
-        room = case.room * max(float(want.abs().max()), least)
+    names, made, wanted = both(case)
+    # a gradient that is zero by the formula, of a key's bias, is the rounding of terms that cancel
+    rounding = 4 * torch.finfo(torch.float64).eps * max(float(y.abs().max()) for y in wanted)
+    for name, got, want in zip(names, made, wanted, strict=True):
+        # relative to the largest entry: entries near zero are sums that cancel
+        room = max(case.room * max(float(want.abs().max()), 1e-3), rounding)
         assert (got - want).abs().max() <= room, name
 
 
