@@ -1,8 +1,9 @@
 """MiTA's plan of launches, forward and backward; none of them waits for the host. Large calls go in
 two halves.
 
-Forward, mostly four: pool (landmarks), probe (landmark scores and V~ of all keys, or its parts,
-routes of all queries), settle (top-k, V~ from its parts, counting sort of the queries), attend.
+Forward, on short sequences of halves, one (`mita_head.cu`). Else mostly four: pool (landmarks),
+probe (landmark scores and V~ of all keys, or its parts, routes of all queries), settle (top-k, V~
+from its parts, counting sort of the queries), attend.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from mitaswap.kernels.mita_backward import (
     shared_backward_kernel,
 )
 from mitaswap.kernels.mita_call import Saved, Sizes, readable
+from mitaswap.kernels.mita_head import fits as fits_head
+from mitaswap.kernels.mita_head import head_forward
 from mitaswap.kernels.mita_probe import (
     marks_kernel,
     pool_kernel,
@@ -197,6 +200,10 @@ def attend_forward(
     """The output [B, H, N, D] and what the backward needs (`save`: the log-sum-exps too)."""
     q, k, v = readable(q), readable(k), readable(v)
     saved, out = empty_saved(q, sizes), like(q)
+    if fits_head(q, k, v, sizes, scale, again):
+        if q.shape[0] * q.shape[1]:
+            head_forward(q, k, v, out, saved, sizes, scale, again, save)
+        return out, saved
 
     def run(part: Part) -> None:
         mine = Saved(*(part.flat(x) for x in saved))

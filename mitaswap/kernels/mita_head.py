@@ -1,0 +1,114 @@
+"""MiTA's forward on short sequences: a whole head in one block of threads (`mita_head.cu`)."""
+
+from __future__ import annotations
+
+import functools
+from statistics import NormalDist
+
+import torch
+from torch import Tensor
+
+from mitaswap.kernels import nvrtc
+from mitaswap.kernels.mita_call import Saved, Sizes
+from mitaswap.kernels.nvrtc import Argument, pointer, real, whole
+from mitaswap.kernels.tiles import ceil
+
+THREADS = 256
+#: below these, as scales of logits, what is compared unscaled may be equal after scaling
+LEAST_SCALE = 1e-4
+
+
+def shared_bytes(tokens: int, m: int, terms: int) -> int:
+    """Shared memory of a block: BYTES of `mita_head.cu`."""
+    rows = ceil(tokens, 16) * 16
+    scores = m * (rows + 8) * 4
+    return 3 * rows * 128 + scores + terms * 32 * 128 + m * 32 + 2 * 256 + 2 * 128 + 52 * 4
+
+
+def plain(*tensors: Tensor) -> bool:
+    """Whether rows of these [B, H, N, D] can be read 16 bytes at a time, with 32-bit offsets."""
+    return all(
+        x.data_ptr() % 16 == 0
+        and all(x.stride(i) % 8 == 0 and x.stride(i) < 2**31 for i in range(3) if x.shape[i] > 1)
+        and x.shape[2] * x.stride(2) < 2**31
+        for x in tensors
+    )
+
+
+@functools.cache
+def _room(device: int) -> int:
+    """Bytes of shared memory that a block may have; 0 where the kernel cannot run."""
+    if not nvrtc.available() or torch.cuda.get_device_capability(device) < (8, 0):
+        return 0
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", 0))
+
+
+def suits(q: Tensor, sizes: Sizes, scale: float, again: float) -> bool:
+    """Whether this kernel computes such calls, wherever they lie."""
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    few = q.shape[2] <= 256 and sizes.m <= 32 and 0 < sizes.top <= 32 and sizes.s == 1
+    return half and few and q.shape[3] == 64 and min(scale, again) >= LEAST_SCALE
+
+
+def fits(q: Tensor, k: Tensor, v: Tensor, sizes: Sizes, scale: float, again: float) -> bool:
+    """Whether this kernel takes such a call here; what it does not take is for the long way."""
+    if not q.is_cuda or not suits(q, sizes, scale, again) or not plain(q, k, v):
+        return False
+    terms = 3 if q.dtype == torch.bfloat16 else 2
+    return shared_bytes(q.shape[2], sizes.m, terms) <= _room(q.device.index)
+
+
+def guess(tokens: int, top: int) -> tuple[int, int]:
+    """Of `tokens` normal scores: how many standard deviations above the mean about as many as the
+    kernel first chooses begin, and how much farther down one more; per mille.
+    """
+    normal = NormalDist()
+    at = normal.inv_cdf(min(0.98, max(0.02, 1 - (top + 32) / 2 / tokens)))
+    return round(1000 * at), round(1000 / (tokens * normal.pdf(at)))
+
+
+def fixed(q: Tensor, sizes: Sizes, save: bool) -> tuple[tuple[str, int], ...]:
+    """The whole numbers that the kernel is compiled for."""
+    aim, step = guess(q.shape[2], sizes.top)
+    return (
+        ("BF16", int(q.dtype == torch.bfloat16)), ("TOKENS", q.shape[2]),
+        ("M", sizes.m), ("K", sizes.top), ("FIRST", sizes.first),
+        ("HEIGHT", sizes.height), ("WIDTH", sizes.width), ("A", sizes.a), ("B", sizes.b),
+        ("AIM", aim), ("STEP", step), ("SHARED", sizes.shared), ("SAVE", int(save)),
+    )  # fmt: skip
+
+
+def arguments(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, saved: Saved, scale: float, again: float
+) -> list[Argument]:
+    """The kernel's arguments, in its order."""
+    s = saved
+    written = (
+        s.lse,
+        s.marks,
+        s.values,
+        s.exact,
+        s.probe_lse,
+        s.members,
+        s.starts,
+        s.order,
+        s.route,
+    )
+    steps = [whole(step) for x in (q, k, v, out) for step in x.stride()[:3]]
+    return [
+        *map(pointer, (q, k, v, out, *written)),
+        *steps, whole(q.shape[1]), real(scale), real(again),
+    ]  # fmt: skip
+
+
+def head_forward(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, saved: Saved, sizes: Sizes, scale: float,
+    again: float, save: bool,
+) -> None:  # fmt: skip
+    """Write the output [B, H, N, D] and, where they are to be saved, the tensors of `saved`."""
+    batch, heads, tokens, _ = q.shape
+    numbers = fixed(q, sizes, save)
+    bytes = shared_bytes(tokens, sizes.m, 3 if q.dtype == torch.bfloat16 else 2)
+    run = nvrtc.kernel("mita_head.cu", numbers, bytes, q.device.index)
+    run(batch * heads, THREADS, arguments(q, k, v, out, saved, scale, again))

@@ -1,0 +1,95 @@
+// Sizes, shared memory and small pieces of `mita_head.cu`.
+#pragma once
+#include <warp.cuh>
+
+constexpr int N = TOKENS, NP = (N + 15) / 16 * 16;  // rows that exist are NP
+constexpr int WARPS = 8, THREADS = 32 * WARPS;
+constexpr int D = 64, ROW = 2 * D;                  // bytes of a row
+constexpr int NS = NP + 8;                          // floats of a row of scores: 8 banks apart
+constexpr int TERMS = BF16 ? 3 : 2;                 // of a landmark: `split` in mita_parts.py
+constexpr int MT = (M + 7) / 8, KT = (K + 7) / 8;   // tiles of landmarks, of an expert's keys
+constexpr float LOG2E = 1.4426950408889634f;
+
+// shared memory, in bytes: q, then
+constexpr int KEYS = NP * ROW, VALUES = 2 * KEYS;
+constexpr int MARKS = 3 * KEYS, TERM = 32 * ROW;     // landmarks, a term after the other
+constexpr int READ = MARKS + TERM;                   // V~, when the second terms are done with
+constexpr int SCORES = MARKS + TERMS * TERM;         // float32 [M, NS], later halves [M, NP]
+constexpr int LISTS = SCORES + M * NS * 4;           // keys of each expert, u8 [M, 32]
+constexpr int ROUTES = LISTS + M * 32;               // expert of each query, u8
+constexpr int SORTED = ROUTES + 256;                 // queries sorted by expert, u8
+constexpr int SUMS = SORTED + 256, COUNTS = SUMS + 128;
+constexpr int TILES = COUNTS + 128;  // of 16 queries: expert, begin << 8, count << 16
+constexpr int MOST_TILES = 48, BYTES = TILES + (MOST_TILES + 4) * 4;
+
+// What a thread is and where its block's memory lies.
+struct Thread {
+    char* memory;
+    Place here;
+    int thread, lane, warp;
+    int g, t;             // row and pair of columns that it holds of a tile of 8
+    int sub, side;        // row and chunk that it loads of 16 rows
+    int eighth, corner;   // and of 8 rows
+    int mt, pair;         // its 16 landmarks and two chunks
+    long long head;
+
+    __device__ explicit Thread(char* memory) : memory(memory), here(place(memory)) {
+        thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
+        g = lane >> 2, t = lane & 3;
+        sub = lane & 15, side = lane >> 4;
+        eighth = lane & 7, corner = lane >> 3;
+        mt = warp & 1, pair = warp >> 1;
+        head = blockIdx.x;
+    }
+    __device__ float* scores(int e) const { return (float*)(memory + SCORES) + e * NS; }
+    __device__ float* sums() const { return (float*)(memory + SUMS); }
+    __device__ u8* list(int e) const { return (u8*)(memory + LISTS) + 32 * e; }
+    __device__ u8* routes() const { return (u8*)(memory + ROUTES); }
+    __device__ u8* sorted() const { return (u8*)(memory + SORTED); }
+    __device__ int* counts() const { return (int*)(memory + COUNTS); }
+    __device__ int* tiles() const { return (int*)(memory + TILES); }
+};
+
+// Chunk c, of 16 bytes, of a row of D halves: where no two of 8 neighbouring rows share banks.
+// Chunk c ^ d lies at the place ^ 16 d.
+__device__ __forceinline__ Place chunk(Place rows, int row, int c) {
+    return rows + row * ROW + ((c ^ (row & 7)) << 4);
+}
+
+__device__ __forceinline__ void clear(Place row) { put16(row, make_uint4(0, 0, 0, 0)); }
+
+template <int lanes>
+__device__ __forceinline__ float peak_of(float x) {
+#pragma unroll
+    for (int i = lanes / 2; i; i >>= 1) x = fmaxf(x, __shfl_xor_sync(LANES, x, i));
+    return x;
+}
+
+template <int lanes, class T>
+__device__ __forceinline__ T sum_of(T x) {
+#pragma unroll
+    for (int i = lanes / 2; i; i >>= 1) x += __shfl_xor_sync(LANES, x, i);
+    return x;
+}
+
+// sum over the lanes before this one, of each `lanes` neighbours
+template <int lanes>
+__device__ __forceinline__ int sum_before(int x, int lane) {
+    int sum = x;
+#pragma unroll
+    for (int i = 1; i < lanes; i <<= 1) {
+        const int other = __shfl_up_sync(LANES, sum, i);
+        sum += (lane & (lanes - 1)) >= i ? other : 0;
+    }
+    return sum - x;
+}
+
+// int32 keys in the order of floats; -0.0 is 0.0
+__device__ __forceinline__ int order_key(float x) {
+    const int bits = __float_as_int(x == 0.f ? 0.f : x);
+    return bits ^ ((bits >> 31) & 0x7fffffff);
+}
+
+__device__ __forceinline__ float key_value(int key) {
+    return __int_as_float(key ^ ((key >> 31) & 0x7fffffff));
+}

@@ -1,0 +1,125 @@
+// What a warp does together, in PTX: copies into shared memory, tiles of 8 x 8 halves, their
+// products. Needs compute capability 8.0. Tests replace this file by one that a C++ compiler takes.
+#pragma once
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+
+#define LANES 0xffffffffu
+#define INFINITY __int_as_float(0x7f800000)
+#define SHARED_MEMORY(name) extern __shared__ __align__(128) char name[]
+
+// where something lies in shared memory, which a block's begins in at a multiple of 128 bytes
+typedef u32 Place;
+
+__device__ __forceinline__ Place place(const void* shared) {
+    return (Place)__cvta_generic_to_shared(shared);
+}
+
+// 16 bytes into shared memory while the program goes on; zeros unless ok
+__device__ __forceinline__ void copy16(Place to, const void* from, bool ok) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 ::"r"(to), "l"(from), "r"(ok ? 16 : 0) : "memory");
+}
+
+__device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// until all but the last `left` groups of copies are there, for this thread
+template <int left>
+__device__ __forceinline__ void wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(left) : "memory");
+}
+
+__device__ __forceinline__ void put(Place to, u32 x) {
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(x) : "memory");
+}
+
+__device__ __forceinline__ void put16(Place to, uint4 x) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};"
+                 ::"r"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
+}
+
+__device__ __forceinline__ uint4 get16(Place from) {
+    uint4 x;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(from) : "memory");
+    return x;
+}
+
+// four tiles of 8 x 8 halves; lanes 8 i ... 8 i + 7 give the rows of tile i
+__device__ __forceinline__ void load4(u32 (&r)[4], Place row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(row) : "memory");
+}
+
+// the same, each tile transposed
+__device__ __forceinline__ void load4t(u32 (&r)[4], Place row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(row) : "memory");
+}
+
+// a tile of 8 x 8 halves transposed, as each lane holds them
+__device__ __forceinline__ u32 transpose(u32 x) {
+    u32 out;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(x));
+    return out;
+}
+
+// c [16, 8] += a [16, 16] b [16, 8], float32 sums of products of halves
+__device__ __forceinline__ void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+#if BF16
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+#else
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+#endif
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// two floats rounded to halves, the first in the low bits
+__device__ __forceinline__ u32 pack(float low, float high) {
+    u32 out;
+#if BF16
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
+#else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
+#endif
+    return out;
+}
+
+__device__ __forceinline__ float unpack(u16 bits) {
+#if BF16
+    return __uint_as_float((u32)bits << 16);
+#else
+    float out;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(out) : "h"(bits));
+    return out;
+#endif
+}
+
+__device__ __forceinline__ float power_of_two(float x) {
+    float out;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
+    return out;
+}
+
+__device__ __forceinline__ float log_two(float x) {
+    float out;
+    asm("lg2.approx.f32 %0, %1;" : "=f"(out) : "f"(x));
+    return out;
+}
+
+__device__ __forceinline__ float root(float x) {
+    float out;
+    asm("sqrt.approx.f32 %0, %1;" : "=f"(out) : "f"(x));
+    return out;
+}
+
+// 1 where x is at least `least`, else 0: one instruction
+__device__ __forceinline__ float at_least(float x, float least) {
+    float out;
+    asm("set.ge.f32.f32 %0, %1, %2;" : "=f"(out) : "f"(x), "f"(least));
+    return out;
+}

@@ -1,0 +1,265 @@
+// CUDA's threads as fibers of one CPU thread, and `warp.cuh` in plain C++: what a kernel computes can
+// be tested on any machine. Each lane leaves what it has for its warp, and goes on when all have.
+#pragma once
+#include <ucontext.h>
+
+#include <algorithm>
+#include <climits>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+
+#define LANES 0xffffffffu
+#define SHARED_MEMORY(name) char* name = block.memory
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __noinline__
+#define __launch_bounds__(...)
+
+struct float2 { float x, y; };
+struct alignas(16) uint4 { u32 x, y, z, w; };
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
+using std::max;
+using std::min;
+
+struct Index { int x; };
+static Index threadIdx, blockIdx;
+
+union Word { u32 u; int i; float f; };
+struct Slot { Word word; const void* row; u32 a[4], b[2]; };
+struct Warp { Slot slots[32]; int arrived = 0; long rounds = 0; };
+struct Block {
+    char* memory;
+    std::vector<ucontext_t> fibers;
+    std::vector<std::vector<char>> stacks;
+    std::vector<Warp> warps;
+    std::vector<char> done;
+    ucontext_t home;
+    int arrived = 0;
+    long rounds = 0;
+    int current = 0;
+    void (*body)();
+};
+static Block block;
+
+inline void yield() { swapcontext(&block.fibers[block.current], &block.home); }
+
+inline void together(int& arrived, long& rounds, int all) {
+    long round = rounds;
+    if (++arrived == all) {
+        arrived = 0;
+        rounds++;
+    }
+    while (rounds == round) yield();
+}
+
+inline void __syncthreads() { together(block.arrived, block.rounds, (int)block.fibers.size()); }
+inline Warp& my_warp() { return block.warps[block.current / 32]; }
+inline int my_lane() { return block.current % 32; }
+inline void __syncwarp() { together(my_warp().arrived, my_warp().rounds, 32); }
+
+// leave something, see what all have left, compute, and leave together
+template <class Leave, class See>
+auto exchange(Leave leave, See see) {
+    Warp& warp = my_warp();
+    leave(warp.slots[my_lane()]);
+    __syncwarp();
+    auto out = see(warp.slots);
+    __syncwarp();
+    return out;
+}
+
+inline u32 bits_of(int x) { Word w; w.i = x; return w.u; }
+inline u32 bits_of(float x) { Word w; w.f = x; return w.u; }
+inline float __uint_as_float(u32 x) { Word w; w.u = x; return w.f; }
+inline float __int_as_float(int x) { Word w; w.i = x; return w.f; }
+inline int __float_as_int(float x) { Word w; w.f = x; return w.i; }
+inline int __popc(u32 x) { return __builtin_popcount(x); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
+inline float __fdividef(float x, float by) { return x / by; }
+inline u32 __funnelshift_l(u32 low, u32 high, int by) {
+    by &= 31;
+    return by ? high << by | low >> (32 - by) : high;
+}
+
+template <class T>
+T shuffle(T x, int from) {
+    u32 got = exchange([&](Slot& s) { s.word.u = bits_of(x); },
+                       [&](Slot* s) { return s[from].word.u; });
+    T out;
+    std::memcpy(&out, &got, 4);
+    return out;
+}
+template <class T>
+T __shfl_sync(u32, T x, int from) { return shuffle(x, from); }
+template <class T>
+T __shfl_xor_sync(u32, T x, int by) { return shuffle(x, my_lane() ^ by); }
+template <class T>
+T __shfl_up_sync(u32, T x, int by) { return shuffle(x, my_lane() >= by ? my_lane() - by : my_lane()); }
+
+template <class Join>
+int reduce(int x, Join join) {
+    return exchange([&](Slot& s) { s.word.i = x; }, [&](Slot* s) {
+        int out = s[0].word.i;
+        for (int i = 1; i < 32; i++) out = join(out, s[i].word.i);
+        return out;
+    });
+}
+inline int __reduce_add_sync(u32, int x) { return reduce(x, [](int a, int b) { return a + b; }); }
+inline int __reduce_min_sync(u32, int x) { return reduce(x, [](int a, int b) { return min(a, b); }); }
+inline int __reduce_max_sync(u32, int x) { return reduce(x, [](int a, int b) { return max(a, b); }); }
+inline u32 __match_any_sync(u32, int x) {
+    return exchange([&](Slot& s) { s.word.i = x; }, [&](Slot* s) {
+        u32 out = 0;
+        for (int i = 0; i < 32; i++) out |= (u32)(s[i].word.i == x) << i;
+        return out;
+    });
+}
+inline u32 __ballot_sync(u32, bool x) {
+    return exchange([&](Slot& s) { s.word.i = x; }, [&](Slot* s) {
+        u32 out = 0;
+        for (int i = 0; i < 32; i++) out |= (u32)(s[i].word.i != 0) << i;
+        return out;
+    });
+}
+
+typedef uintptr_t Place;
+inline Place place(const void* shared) { return (Place)shared; }
+inline void copy16(Place to, const void* from, bool ok) {
+    if (ok) std::memcpy((void*)to, from, 16);
+    else std::memset((void*)to, 0, 16);
+}
+inline void put(Place to, u32 x) { *(u32*)to = x; }
+inline void put16(Place to, uint4 x) { *(uint4*)to = x; }
+inline uint4 get16(Place from) { return *(uint4*)from; }
+inline void commit() {}
+template <int left>
+void wait() {}
+
+inline float unpack(u16 bits) {
+#if BF16
+    return __uint_as_float((u32)bits << 16);
+#else
+    _Float16 half;
+    std::memcpy(&half, &bits, 2);
+    return (float)half;
+#endif
+}
+inline u16 rounded(float x) {
+#if BF16
+    if (x != x) return 0x7fff;
+    u32 bits = bits_of(x);
+    return (u16)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+#else
+    _Float16 half = (_Float16)x;
+    u16 bits;
+    std::memcpy(&bits, &half, 2);
+    return bits;
+#endif
+}
+inline u32 pack(float low, float high) { return rounded(low) | (u32)rounded(high) << 16; }
+inline float power_of_two(float x) { return std::exp2(x); }
+inline float root(float x) { return std::sqrt(x); }
+inline float log_two(float x) { return std::log2(x); }
+
+inline void load(u32 (&r)[4], Place row, bool transposed) {
+    exchange([&](Slot& s) { s.row = (const void*)row; }, [&](Slot* s) {
+        int g = my_lane() / 4, t = my_lane() % 4;
+        for (int i = 0; i < 4; i++) {
+            auto half = [&](int a, int b) { return (u32)((const u16*)s[8 * i + a].row)[b]; };
+            r[i] = transposed ? half(2 * t, g) | half(2 * t + 1, g) << 16
+                              : half(g, 2 * t) | half(g, 2 * t + 1) << 16;
+        }
+        return 0;
+    });
+}
+inline u32 transpose(u32 x) {
+    return exchange([&](Slot& s) { s.word.u = x; }, [&](Slot* s) {
+        int g = my_lane() / 4, t = my_lane() % 4;
+        auto half = [&](int row, int column) {
+            return s[4 * row + column / 2].word.u >> 16 * (column % 2) & 0xffff;
+        };
+        return half(2 * t, g) | half(2 * t + 1, g) << 16;
+    });
+}
+inline float at_least(float x, float least) { return x >= least; }
+inline void load4(u32 (&r)[4], Place row) { load(r, row, false); }
+inline void load4t(u32 (&r)[4], Place row) { load(r, row, true); }
+
+inline void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    exchange(
+        [&](Slot& s) {
+            std::memcpy(s.a, a, sizeof a);
+            s.b[0] = b0;
+            s.b[1] = b1;
+        },
+        [&](Slot* s) {
+            auto half = [](u32 word, int i) { return unpack((u16)(word >> 16 * (i & 1))); };
+            int g = my_lane() / 4, t = my_lane() % 4;
+            for (int i = 0; i < 4; i++) {
+                int row = g + 8 * (i / 2), column = 2 * t + i % 2;
+                double sum = c[i];
+                for (int l = 0; l < 16; l++) {
+                    u32 left = s[row % 8 * 4 + l % 8 / 2].a[row / 8 + 2 * (l / 8)];
+                    u32 right = s[column * 4 + l % 8 / 2].b[l / 8];
+                    sum += (double)half(left, l) * half(right, l);
+                }
+                c[i] = (float)sum;
+            }
+            return 0;
+        });
+}
+
+static void enter() {
+    block.body();
+    block.done[block.current] = 1;
+    yield();
+}
+
+// runs `body` as all threads of all blocks, one block after the other; its memory is poisoned
+inline void run(int blocks, int threads, int bytes, void (*body)()) {
+    std::vector<char> memory(bytes + 128);
+    block.memory = memory.data() + (128 - (uintptr_t)memory.data() % 128);
+    block.body = body;
+    block.stacks.resize(threads);
+    for (auto& stack : block.stacks) stack.resize(1 << 16);
+    for (int i = 0; i < blocks; i++) {
+        std::memset(block.memory, 0xff, bytes);  // NaN in any type
+        blockIdx.x = i;
+        block.fibers.assign(threads, {});
+        block.warps.assign(threads / 32, {});
+        block.done.assign(threads, 0);
+        for (int j = 0; j < threads; j++) {
+            getcontext(&block.fibers[j]);
+            block.fibers[j].uc_stack = {block.stacks[j].data(), 0, block.stacks[j].size()};
+            makecontext(&block.fibers[j], enter, 0);
+        }
+        for (int left = threads, quiet = 0; left;) {
+            long before = block.rounds;
+            for (auto& warp : block.warps) before += warp.rounds;
+            int ended = 0;
+            for (int j = 0; j < threads; j++) {
+                if (block.done[j]) continue;
+                block.current = threadIdx.x = j;
+                swapcontext(&block.home, &block.fibers[j]);
+                ended += block.done[j];
+            }
+            left -= ended;
+            for (auto& warp : block.warps) before -= warp.rounds;
+            quiet = before == block.rounds && !ended ? quiet + 1 : 0;
+            if (quiet > 1) {
+                std::fprintf(stderr, "threads wait for others that never come\n");
+                std::abort();
+            }
+        }
+    }
+}

@@ -1,0 +1,287 @@
+"""MiTA's kernel for short sequences, in CUDA C++: its source on the CPU, warps emulated, against
+the reference in float64; through the compiler for devices, where it is installed; and (marked gpu)
+on one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from mitaswap.kernels import mita_head, nvrtc
+from mitaswap.kernels.mita_call import Saved, Sizes
+from mitaswap.mechanisms import mechanism
+from mitaswap.operators.pool import pool_shape
+from mitaswap.tokens import TokenLayout
+
+EMULATED = Path(__file__).parent / "emulated"
+KERNELS = Path(mita_head.__file__).parent
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+
+F16, BF16 = torch.float16, torch.bfloat16
+#: unit roundoff
+UNIT = {F16: 2.0**-11, BF16: 2.0**-8}
+
+
+class Case(NamedTuple):
+    spec: str
+    layout: TokenLayout
+    dtype: torch.dtype = F16
+
+
+CASES = [
+    Case("mita", TokenLayout(0, (14, 14))),
+    Case("mita", TokenLayout(1, (14, 14)), BF16),
+    Case("mita(m=9,k=7)", TokenLayout(1, (6, 7))),
+    Case("mita(m=20,k=18,pool=4x5)", TokenLayout(5, (9, 11), 2), BF16),
+    Case("mita(m=12,k=30,variant=route-only)", TokenLayout(0, (7, 9))),
+    # the most experts and the fewest keys, the fewest experts and the most keys, hardly any tokens
+    Case("mita(m=32,k=1,pool=4x8)", TokenLayout(0, (8, 8))),
+    Case("mita(m=1,k=32)", TokenLayout(1, (5, 9)), BF16),
+    Case("mita(m=1,k=3)", TokenLayout(0, (1, 3))),
+    Case("mita(m=4,k=6,landmark_tokens=released)", TokenLayout(1, (6, 6))),
+    Case("mita(m=30,k=32,pool=5x6)", TokenLayout(1, (15, 16), 15), BF16),
+]
+
+
+def sizes_of(case: Case) -> Sizes:
+    o = mechanism(case.spec).options
+    windows = pool_shape(o.m, case.layout.grid, o.pool)
+    first = 0 if o.landmark_tokens == "released" else case.layout.prefix
+    return Sizes(first, *case.layout.grid, *windows, o.k, o.s, int(o.variant == "full"))
+
+
+def inputs_of(case: Case, batch: int = 2, heads: int = 1) -> tuple[Tensor, ...]:
+    """q, k, v as views of one projection."""
+    generator = torch.Generator().manual_seed(3)
+    joint = torch.randn(batch, case.layout.tokens, 3, heads, 64, generator=generator)
+    return joint.to(case.dtype).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> dict[object, ctypes.CDLL]:
+    return {"folder": tmp_path_factory.mktemp("emulated")}  # type: ignore[dict-item]
+
+
+def library(built: dict, fixed: tuple[tuple[str, int], ...]) -> ctypes.CDLL:  # type: ignore[type-arg]
+    if fixed not in built:
+        to = built["folder"] / f"{len(built)}.so"
+        command = ["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", f"-I{EMULATED}"]
+        command += [f"-I{KERNELS}", *(f"-D{key}={value}" for key, value in fixed)]
+        subprocess.run([*command, str(EMULATED / "launch.cpp"), "-o", str(to)], check=True)
+        built[fixed] = ctypes.CDLL(str(to))
+    return built[fixed]
+
+
+def emulate(
+    built: dict,  # type: ignore[type-arg]
+    case: Case,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    save: bool = True,
+) -> tuple[Tensor, Saved]:
+    """The output and what is saved, which nobody wrote to before."""
+    sizes, (batch, heads, tokens, dim) = sizes_of(case), q.shape
+    bh, m, scale = batch * heads, sizes.m, dim**-0.5
+
+    def unwritten(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.full(shape, float("nan") if dtype.is_floating_point else 1234, dtype=dtype)
+
+    half, whole = q.dtype, torch.int32
+    saved = Saved(
+        unwritten(bh, tokens), unwritten(bh, m, dim, dtype=half), unwritten(bh, m, dim, dtype=half),
+        unwritten(bh, m, dim), unwritten(bh, m), unwritten(bh, m, sizes.top, dtype=whole),
+        unwritten(bh, m + 1, dtype=whole), unwritten(bh, tokens, dtype=whole),
+        unwritten(bh, 1, tokens, dtype=whole),
+    )  # fmt: skip
+    out = unwritten(batch, tokens, heads, dim, dtype=half).transpose(1, 2)
+    code = library(built, mita_head.fixed(q, sizes, save))
+    terms = 3 if half == BF16 else 2
+    assert code.bytes() == mita_head.shared_bytes(tokens, m, terms)
+    assert code.threads() == mita_head.THREADS
+    given = [kind(x) for x, kind in mita_head.arguments(q, k, v, out, saved, scale, scale)]
+    places = [ctypes.cast(ctypes.pointer(x), ctypes.c_void_p) for x in given]
+    code.launch(bh, (ctypes.c_void_p * len(places))(*places))
+    return out, saved
+
+
+@needs_compiler
+@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.spec} {c.layout} {c.dtype}")
+def test_agrees_with_the_reference(case: Case, built: dict) -> None:  # type: ignore[type-arg]
+    q, k, v = inputs_of(case)
+    out, saved = emulate(built, case, q, k, v)
+    part = mechanism(mechanism(case.spec).spec.with_options(impl="reference"))
+    exact = [x.double() for x in (q, k, v)]
+    wanted = part(*exact, layout=case.layout)
+    unit = UNIT[case.dtype]
+    # one rounding each of weights, V~, landmarks and the result
+    assert (out.double() - wanted).norm() <= 4 * unit * wanted.norm()
+    routing = part.route(*exact[:2], layout=case.layout, scale=64**-0.5)
+    assert routing is not None
+    members, choice = routing.members.flatten(0, 1), routing.choice.flatten(0, 1)
+    assert torch.equal(saved.members.long().sort(-1)[0], members.sort(-1)[0])
+    assert torch.equal(saved.route[:, 0].long(), choice[..., 0])
+    assert torch.equal(saved.order.long(), choice[..., 0].argsort(dim=1, stable=True))
+    ends = torch.nn.functional.one_hot(choice[..., 0], saved.starts.shape[1] - 1).sum(1).cumsum(1)
+    assert torch.equal(saved.starts.long(), torch.nn.functional.pad(ends, (1, 0)))
+    sizes = sizes_of(case)
+    marks = saved.exact.double()
+    scores = marks @ exact[1].flatten(0, 1).transpose(-1, -2) / 8
+    assert torch.equal(saved.marks, saved.exact.to(case.dtype))
+    logits = (exact[0] @ exact[1].transpose(-1, -2)).flatten(0, 1) / 8  # all of them
+    held = torch.zeros_like(scores).scatter_(-1, members, 1.0).bool()
+    mine = held.gather(1, choice[..., :1].expand(-1, -1, held.shape[-1]))
+    kept = logits.masked_fill(~mine, float("-inf"))
+    if sizes.shared:
+        torch.testing.assert_close(
+            saved.probe_lse.double(), scores.logsumexp(-1), atol=1e-4, rtol=0
+        )
+        read = scores.softmax(-1) @ exact[2].flatten(0, 1)
+        assert (saved.values.double() - read).norm() <= 2 * unit * read.norm()
+        kept = torch.cat([kept, exact[0].flatten(0, 1) @ marks.transpose(-1, -2) / 8], -1)
+    lse = kept.logsumexp(-1) / torch.log(torch.tensor(2.0, dtype=torch.float64))
+    torch.testing.assert_close(saved.lse.double(), lse, atol=8 * unit, rtol=0)
+    again, unsaved = emulate(built, case, q, k, v, save=False)
+    assert torch.equal(again, out)
+    assert unsaved.lse.isnan().all() and (unsaved.members == 1234).all()
+
+
+def one_landmark(case: Case, scores: Tensor) -> tuple[Tensor, ...]:
+    """q, k, v with these scores [N] of the only landmark, to the bit."""
+    q, k, v = (x[:1].clone() for x in inputs_of(case))
+    q.zero_()
+    q[..., 0] = 1.0
+    k.zero_()
+    k[..., 0] = scores
+    return q, k, v
+
+
+@needs_compiler
+@pytest.mark.parametrize("top", [5, 32])
+@pytest.mark.parametrize(
+    "scores",
+    [
+        torch.zeros(99),
+        torch.arange(99.0) // 40,
+        torch.where(torch.arange(99) % 7 == 0, 50000.0, -1.0),
+        torch.exp2(-(torch.arange(99.0) % 24)),
+        torch.linspace(-1, 1, 99).sign() * torch.linspace(-1, 1, 99).abs() ** 9,
+        -torch.arange(99.0),
+    ],
+    ids=["equal", "three values", "outliers", "octaves", "heavy tails", "falling"],
+)
+def test_the_largest_are_chosen_and_of_equals_the_first(
+    scores: Tensor,
+    top: int,
+    built: dict,  # type: ignore[type-arg]
+) -> None:
+    case = Case(f"mita(m=1,k={top})", TokenLayout(0, (9, 11)))
+    scores = scores.to(F16)
+    _, saved = emulate(built, case, *one_landmark(case, scores))
+    wanted = scores.double().sort(descending=True, stable=True)[1][:top]
+    assert sorted(saved.members[0, 0].tolist()) == sorted(wanted.tolist())
+
+
+@needs_compiler
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_values_that_are_no_numbers_stay_in_bounds(bad: float, built: dict) -> None:  # type: ignore[type-arg]
+    case = Case("mita(m=9,k=7)", TokenLayout(1, (6, 7)))
+    q, k, v = inputs_of(case)
+    for x in (k, v):
+        x[0, 0, 3] = bad
+    q[1, 0, 5] = bad
+    out, saved = emulate(built, case, q, k, v)
+    assert out.shape == q.shape
+    assert ((saved.members >= 0) & (saved.members < 43)).all()
+    assert torch.equal(saved.order.sort(-1)[0], torch.arange(43, dtype=torch.int32).expand(2, -1))
+
+
+@pytest.mark.skipif(not nvrtc.available(), reason="no compiler for CUDA")
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
+def test_compiles_for_devices(dtype: torch.dtype, arch: str) -> None:
+    q = torch.empty(1, 1, 197, 64, dtype=dtype)
+    numbers = mita_head.fixed(q, Sizes(1, 14, 14, 5, 5, 25, 1, 1), save=True)
+    assert b"mita_head" in nvrtc.compiled("mita_head.cu", arch, numbers)
+    with pytest.raises(RuntimeError, match=r"mita_head\.cu does not compile: "):
+        nvrtc.compiled("mita_head.cu", arch, (*numbers, ("EACH", 0)))
+
+
+USUAL = Sizes(1, 14, 14, 5, 5, 25, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "change, fits",
+    [
+        ({}, True),
+        ({"q": torch.empty(2, 3, 197, 64, dtype=torch.float32)}, False),
+        ({"q": torch.empty(2, 3, 257, 64, dtype=F16)}, False),
+        ({"q": torch.empty(2, 3, 197, 72, dtype=F16)}, False),
+        ({"sizes": USUAL._replace(top=33)}, False),
+        ({"sizes": USUAL._replace(top=0)}, False),
+        ({"sizes": USUAL._replace(s=2)}, False),
+        ({"sizes": USUAL._replace(a=3, b=11)}, False),
+        ({"scale": -0.125}, False),
+        ({"again": 0.0}, False),
+    ],
+    ids=lambda x: "usual" if x == {} else ", ".join(x) if isinstance(x, dict) else str(x),
+)
+def test_takes_what_it_can_compute(change: dict[str, object], fits: bool) -> None:
+    call = {"q": torch.empty(2, 3, 197, 64, dtype=F16), "sizes": USUAL, "scale": 0.1, "again": 0.1}
+    assert mita_head.suits(**{**call, **change}) == fits  # type: ignore[arg-type]
+
+
+def test_reads_rows_of_16_bytes() -> None:
+    joint = torch.empty(2, 197, 3, 3, 64, dtype=F16)
+    q, k, v = joint.permute(2, 0, 3, 1, 4)
+    assert mita_head.plain(q, k, v)
+    assert not mita_head.plain(q, torch.empty(2, 3, 197, 68, dtype=F16)[..., 2:66])
+    assert not mita_head.plain(torch.empty(2, 3, 197, 68, dtype=F16)[..., :64])
+    assert not mita_head.fits(q, k, v, USUAL, 0.1, 0.1)  # not on a CUDA device
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.spec} {c.layout} {c.dtype}")
+def test_on_a_device(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mitaswap.kernels import mita_plan
+
+    taken = []
+    whole = mita_plan.head_forward
+    monkeypatch.setattr(mita_plan, "head_forward", lambda *a: taken.append(1) or whole(*a))
+    q, k, v = (x.cuda().requires_grad_() for x in inputs_of(case, 3, 2))
+    part = mechanism(mechanism(case.spec).spec.with_options(impl="fused"))
+    exact = [x.double().detach().requires_grad_() for x in (q, k, v)]
+    wanted = mechanism(case.spec)(*exact, layout=case.layout)
+    grad = torch.randn_like(wanted)
+    found = [part(q, k, v, layout=case.layout) for _ in range(2)]
+    with torch.no_grad():
+        found.append(part(q, k, v, layout=case.layout))
+    assert len(taken) == 3
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    ours = [found[0], *torch.autograd.grad(found[0], (q, k, v), grad.to(case.dtype))]
+    theirs = [wanted, *torch.autograd.grad(wanted, exact, grad)]
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a.double() - b).norm() <= 4 * UNIT[case.dtype] * b.norm()
+
+
+@pytest.mark.gpu
+def test_captured_on_a_device() -> None:
+    case = Case("mita(impl=fused)", TokenLayout(1, (14, 14)), BF16)
+    part = mechanism(case.spec)
+    q, k, v = (x.cuda() for x in inputs_of(case, 4, 3))
+    with torch.no_grad():
+        part(q, k, v, layout=case.layout)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = part(q, k, v, layout=case.layout)
+        q.copy_(q.flip(0))
+        graph.replay()
+        assert torch.equal(out, part(q, k, v, layout=case.layout))
