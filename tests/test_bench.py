@@ -184,11 +184,22 @@ def test_floors_are_bytes_and_operations_at_the_measured_rates() -> None:
     site = SiteShape(6, 64, TokenLayout(0, (32, 32)))
     cost = mechanism("standard").cost(site)
     rates = Rates(copy=3e12, matmul=6e14)
-    moved, computed = floor(cost, 64, torch.float16, rates, backward=False)
+    moved, computed = floor(cost, site, 64, torch.float16, rates, backward=False)
     # issue: 64 x 6 heads of 1,024 tokens: q, k, v read and o written once at 3 TB/s is 0.067 ms
     assert moved == pytest.approx(0.067, abs=0.001)
     assert computed == pytest.approx(64 * 6 * 4 * 1024**2 * 64 / 6e14 * 1e3)
-    assert floor(cost, 64, torch.float16, rates, backward=True)[0] == pytest.approx(3 * moved)
+    assert floor(cost, site, 64, torch.float16, rates, backward=True)[0] == pytest.approx(3 * moved)
+
+
+@pytest.mark.parametrize("side, stays", [(14, True), (32, False)])
+def test_intermediates_of_heads_that_fit_the_chip_are_no_traffic(side: int, stays: bool) -> None:
+    rates = Rates(copy=3e12, matmul=6e14, on_chip=228 * 1024)
+    site = SiteShape(6, 64, TokenLayout(0, (side, side)))
+    least, mita = (
+        floor(mechanism(spec).cost(site), site, 64, torch.float16, rates, backward=False)[0]
+        for spec in ("standard", "mita")
+    )
+    assert (mita == least) == stays and mita >= least
 
 
 def test_compiled_calls_are_timed_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:

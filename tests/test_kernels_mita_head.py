@@ -107,7 +107,8 @@ def emulate(
     terms = 3 if half == BF16 else 2
     assert code.bytes() == mita_head.shared_bytes(tokens, m, terms)
     assert code.threads() == mita_head.THREADS
-    given = [kind(x) for x, kind in mita_head.arguments(q, k, v, out, saved, scale, scale)]
+    written = saved if save else None
+    given = [kind(x) for x, kind in mita_head.arguments(q, k, v, out, written, scale, scale)]
     places = [ctypes.cast(ctypes.pointer(x), ctypes.c_void_p) for x in given]
     code.launch(bh, (ctypes.c_void_p * len(places))(*places))
     return out, saved
@@ -149,9 +150,7 @@ def test_agrees_with_the_reference(case: Case, built: dict) -> None:  # type: ig
         kept = torch.cat([kept, exact[0].flatten(0, 1) @ marks.transpose(-1, -2) / 8], -1)
     lse = kept.logsumexp(-1) / torch.log(torch.tensor(2.0, dtype=torch.float64))
     torch.testing.assert_close(saved.lse.double(), lse, atol=8 * unit, rtol=0)
-    again, unsaved = emulate(built, case, q, k, v, save=False)
-    assert torch.equal(again, out)
-    assert unsaved.lse.isnan().all() and (unsaved.members == 1234).all()
+    assert torch.equal(emulate(built, case, q, k, v, save=False)[0], out)
 
 
 def one_landmark(case: Case, scores: Tensor) -> tuple[Tensor, ...]:

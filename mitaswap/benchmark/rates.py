@@ -9,7 +9,7 @@ import torch
 
 from mitaswap.benchmark.timing import Effort, Failure, in_turn
 from mitaswap.errors import MitaswapError
-from mitaswap.mechanisms import Cost
+from mitaswap.mechanisms import Cost, SiteShape
 
 
 @dataclass(frozen=True)
@@ -19,10 +19,12 @@ class Rates:
     Args:
         copy: bytes read and written per second by a large copy.
         matmul: floating-point operations per second of a large square product.
+        on_chip: bytes that a multiprocessor of a GPU has beside its registers.
     """
 
     copy: float
     matmul: float
+    on_chip: int = 0
 
 
 def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
@@ -45,17 +47,22 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
         if isinstance(times, Failure):
             raise MitaswapError(f"cannot measure the rates of {device}: {times.error}")
         seconds[name] = float(np.median(times.ms)) / 1e3
-    return Rates(2 * size / seconds["copy"], 2 * side**3 / seconds["matmul"])
+    near = torch.cuda.get_device_properties(device) if cuda else None
+    on_chip = getattr(near, "shared_memory_per_multiprocessor", 0)
+    return Rates(2 * size / seconds["copy"], 2 * side**3 / seconds["matmul"], on_chip)
 
 
 def floor(
-    cost: Cost, batch: int, dtype: torch.dtype, rates: Rates, backward: bool
+    cost: Cost, site: SiteShape, batch: int, dtype: torch.dtype, rates: Rates, backward: bool
 ) -> tuple[float, float]:
-    """Least milliseconds for (memory traffic, operations) of a batch, at the measured rates.
+    """Least milliseconds for (memory traffic, operations) of a batch, at the measured rates. Where
+    q, k and v of a head fit on the chip, intermediates are no traffic.
 
     With the backward both count three times: q, k, v, output and its gradient are read once more
     and three gradients written (12 tensors instead of 4), and each product has two in the backward.
     """
     times = 3 * batch if backward else batch
-    moved = times * cost.bytes(dtype.itemsize) / rates.copy
+    each = site.layout.tokens * (2 * site.head_dim + site.value_dim) * dtype.itemsize
+    numbers = cost.moved - (cost.between if each <= rates.on_chip else 0)
+    moved = times * numbers * dtype.itemsize / rates.copy
     return moved * 1e3, times * cost.flops / rates.matmul * 1e3

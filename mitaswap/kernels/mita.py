@@ -42,6 +42,7 @@ def mita_training(
     """`mita` with its `Saved` tensors, differentiable through the first output."""
     with torch.cuda.device_of(q):
         out, saved = attend_forward(q, k, v, Sizes(*sizes), scale, again, save=True)
+    assert saved is not None
     return (out, *saved)
 
 

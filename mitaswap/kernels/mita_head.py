@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mitaswap.kernels import nvrtc
 from mitaswap.kernels.mita_call import Saved, Sizes
-from mitaswap.kernels.nvrtc import Argument, pointer, real, whole
+from mitaswap.kernels.nvrtc import NOWHERE, Argument, pointer, real, whole
 from mitaswap.kernels.tiles import ceil
 
 THREADS = 256
@@ -80,35 +80,24 @@ def fixed(q: Tensor, sizes: Sizes, save: bool) -> tuple[tuple[str, int], ...]:
 
 
 def arguments(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, saved: Saved, scale: float, again: float
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, saved: Saved | None, scale: float, again: float
 ) -> list[Argument]:
-    """The kernel's arguments, in its order."""
-    s = saved
-    written = (
-        s.lse,
-        s.marks,
-        s.values,
-        s.exact,
-        s.probe_lse,
-        s.members,
-        s.starts,
-        s.order,
-        s.route,
-    )
+    """The kernel's arguments, in its order; what is saved in that of `Saved`."""
     steps = [whole(step) for x in (q, k, v, out) for step in x.stride()[:3]]
+    written = map(pointer, saved) if saved else [NOWHERE] * len(Saved._fields)
     return [
-        *map(pointer, (q, k, v, out, *written)),
-        *steps, whole(q.shape[1]), real(scale), real(again),
+        *map(pointer, (q, k, v, out)), *written, *steps, whole(q.shape[1]),
+        real(scale), real(again),
     ]  # fmt: skip
 
 
 def head_forward(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, saved: Saved, sizes: Sizes, scale: float,
-    again: float, save: bool,
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, saved: Saved | None, sizes: Sizes, scale: float,
+    again: float,
 ) -> None:  # fmt: skip
-    """Write the output [B, H, N, D] and, where they are to be saved, the tensors of `saved`."""
+    """Write the output [B, H, N, D] and, where given, the tensors of `saved`."""
     batch, heads, tokens, _ = q.shape
-    numbers = fixed(q, sizes, save)
+    numbers = fixed(q, sizes, saved is not None)
     bytes = shared_bytes(tokens, sizes.m, 3 if q.dtype == torch.bfloat16 else 2)
     run = nvrtc.kernel("mita_head.cu", numbers, bytes, q.device.index)
     run(batch * heads, THREADS, arguments(q, k, v, out, saved, scale, again))

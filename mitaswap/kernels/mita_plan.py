@@ -196,13 +196,14 @@ def attend_tile(tokens: int, m: int, s: int) -> int:
 
 def attend_forward(
     q: Tensor, k: Tensor, v: Tensor, sizes: Sizes, scale: float, again: float, save: bool
-) -> tuple[Tensor, Saved]:
-    """The output [B, H, N, D] and what the backward needs (`save`: the log-sum-exps too)."""
+) -> tuple[Tensor, Saved | None]:
+    """The output [B, H, N, D] and, if asked to `save` it, what the backward needs."""
     q, k, v = readable(q), readable(k), readable(v)
-    saved, out = empty_saved(q, sizes), like(q)
-    if fits_head(q, k, v, sizes, scale, again):
+    out, short = like(q), fits_head(q, k, v, sizes, scale, again)
+    saved = None if short and not save else empty_saved(q, sizes)
+    if saved is None or short:
         if q.shape[0] * q.shape[1]:
-            head_forward(q, k, v, out, saved, sizes, scale, again, save)
+            head_forward(q, k, v, out, saved, sizes, scale, again)
         return out, saved
 
     def run(part: Part) -> None:
@@ -213,7 +214,7 @@ def attend_forward(
 
     if q.shape[0] * q.shape[1]:
         in_halves(q, run)
-    return out, saved
+    return out, saved if save else None
 
 
 def _attend(

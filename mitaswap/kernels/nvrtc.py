@@ -107,6 +107,9 @@ def kernel(
     return launch
 
 
+NOWHERE: Argument = (0, ctypes.c_void_p)
+
+
 def pointer(tensor: torch.Tensor) -> Argument:
     return tensor.data_ptr(), ctypes.c_void_p
 

@@ -185,7 +185,8 @@ class Mechanism(nn.Module):
         moved += tokens * site.width if "x" in self.needs else 0
         moved += sum(p.numel() for p in own.parameters())
         heads = site.heads
-        return Cost(heads * flops, moved + 2 * heads * between, heads * padding)
+        between *= 2 * heads
+        return Cost(heads * flops, moved + between, heads * padding, between)
 
     def branch(
         self, q: Tensor, k: Tensor, v: Tensor, *, layout: TokenLayout, scale: float, **extra: Any

@@ -74,11 +74,14 @@ class Cost:
             before any token can use them.
         padding: FLOPs that the PyTorch reference spends on top, on slots of its blocks that stay
             empty. A counter of executed operations sees flops + padding.
+        between: the intermediates among `moved`: where all of a head fits on the chip, they need
+            not pass either.
     """
 
     flops: int
     moved: int
     padding: int = 0
+    between: int = 0
 
     def bytes(self, itemsize: int = 2) -> int:
         """Bytes moved with numbers of `itemsize` bytes each (2: half precision)."""
@@ -86,7 +89,10 @@ class Cost:
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(
-            self.flops + other.flops, self.moved + other.moved, self.padding + other.padding
+            self.flops + other.flops,
+            self.moved + other.moved,
+            self.padding + other.padding,
+            self.between + other.between,
         )
 
 

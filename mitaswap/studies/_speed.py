@@ -76,7 +76,7 @@ def roofline(spec: Spec, shape: CoreShape, rates: Rates, row: Row) -> Row:
         cost = mechanism(spec).cost(shape.site)
     except NotImplementedError:
         return {}
-    moved, computed = floor(cost, shape.batch, shape.dtype, rates, shape.backward)
+    moved, computed = floor(cost, shape.site, shape.batch, shape.dtype, rates, shape.backward)
     ms = row.get("ms_q50")
     return {
         "bytes_floor_ms": moved,
