@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import ctypes
 import shutil
+import struct
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -200,7 +202,19 @@ def test_values_that_are_no_numbers_stay_in_bounds(bad: float, built: dict) -> N
     out, saved = emulate(built, case, q, k, v)
     assert out.shape == q.shape
     assert ((saved.members >= 0) & (saved.members < 43)).all()
+    kept = saved.members.sort(-1)[0]
+    assert (kept[..., 1:] > kept[..., :-1]).all(), "a key is in an expert twice"
     assert torch.equal(saved.order.sort(-1)[0], torch.arange(43, dtype=torch.int32).expand(2, -1))
+
+
+def table_alignment(image: bytes) -> int:
+    """Alignment of the section of constants in an ELF image of 64 bits."""
+    (at,) = struct.unpack_from("<Q", image, 40)
+    size, count, names = struct.unpack_from("<HHH", image, 58)
+    sections = [struct.unpack_from("<IIQQQQIIQQ", image, at + size * i) for i in range(count)]
+    texts = sections[names][4]
+    found = {image[texts + x[0] :].split(b"\0")[0]: x[8] for x in sections}
+    return next(x for name, x in found.items() if name.startswith(b".nv.global.init"))
 
 
 @pytest.mark.skipif(not nvrtc.available(), reason="no compiler for CUDA")
@@ -209,7 +223,9 @@ def test_values_that_are_no_numbers_stay_in_bounds(bad: float, built: dict) -> N
 def test_compiles_for_devices(dtype: torch.dtype, arch: str) -> None:
     q = torch.empty(1, 1, 197, 64, dtype=dtype)
     numbers = mita_head.fixed(q, Sizes(1, 14, 14, 5, 5, 25, 1, 1), save=True)
-    assert b"mita_head" in nvrtc.compiled("mita_head.cu", arch, numbers)
+    image = nvrtc.compiled("mita_head.cu", arch, numbers)
+    assert b"mita_head" in image
+    assert table_alignment(image) % 16 == 0  # read 16 bytes at a time
     with pytest.raises(RuntimeError, match=r"mita_head\.cu does not compile: "):
         nvrtc.compiled("mita_head.cu", arch, (*numbers, ("EACH", 0)))
 
@@ -284,3 +300,19 @@ def test_captured_on_a_device() -> None:
         q.copy_(q.flip(0))
         graph.replay()
         assert torch.equal(out, part(q, k, v, layout=case.layout))
+
+
+@pytest.mark.gpu
+def test_in_a_thread_of_its_own_on_a_device() -> None:
+    case = Case("mita(impl=fused)", TokenLayout(0, (14, 14)))
+    part = mechanism(case.spec)
+    q, k, v = (x.cuda() for x in inputs_of(case))
+    with torch.no_grad():
+        wanted = part(q, k, v, layout=case.layout)
+
+    def run() -> Tensor:
+        with torch.no_grad():
+            return part(q, k, v, layout=case.layout)
+
+    with ThreadPoolExecutor(1) as pool:
+        assert torch.equal(pool.submit(run).result(), wanted)

@@ -25,12 +25,17 @@ def shared_bytes(tokens: int, m: int, terms: int) -> int:
     return 3 * rows * 128 + scores + terms * 32 * 128 + m * 32 + 2 * 256 + 2 * 128 + 52 * 4
 
 
+def steps(x: Tensor) -> list[int]:
+    """Strides of B, H and N in elements; 0 for axes of one, which are never stepped along."""
+    return [0 if size == 1 else step for size, step in zip(x.shape[:3], x.stride(), strict=False)]
+
+
 def plain(*tensors: Tensor) -> bool:
     """Whether rows of these [B, H, N, D] can be read 16 bytes at a time, with 32-bit offsets."""
     return all(
         x.data_ptr() % 16 == 0
-        and all(x.stride(i) % 8 == 0 and x.stride(i) < 2**31 for i in range(3) if x.shape[i] > 1)
-        and x.shape[2] * x.stride(2) < 2**31
+        and all(step % 8 == 0 and step < 2**31 for step in steps(x))
+        and x.shape[2] * steps(x)[2] < 2**31
         for x in tensors
     )
 
@@ -38,7 +43,7 @@ def plain(*tensors: Tensor) -> bool:
 @functools.cache
 def _room(device: int) -> int:
     """Bytes of shared memory that a block may have; 0 where the kernel cannot run."""
-    if not nvrtc.available() or torch.cuda.get_device_capability(device) < (8, 0):
+    if torch.cuda.get_device_capability(device) < (8, 0) or not nvrtc.serves(device):
         return 0
     properties = torch.cuda.get_device_properties(device)
     return int(getattr(properties, "shared_memory_per_block_optin", 0))
@@ -59,6 +64,7 @@ def fits(q: Tensor, k: Tensor, v: Tensor, sizes: Sizes, scale: float, again: flo
     return shared_bytes(q.shape[2], sizes.m, terms) <= _room(q.device.index)
 
 
+@functools.cache
 def guess(tokens: int, top: int) -> tuple[int, int]:
     """Of `tokens` normal scores: how many standard deviations above the mean about as many as the
     kernel first chooses begin, and how much farther down one more; per mille.
@@ -83,10 +89,10 @@ def arguments(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, saved: Saved | None, scale: float, again: float
 ) -> list[Argument]:
     """The kernel's arguments, in its order; what is saved in that of `Saved`."""
-    steps = [whole(step) for x in (q, k, v, out) for step in x.stride()[:3]]
+    every = [whole(step) for x in (q, k, v, out) for step in steps(x)]
     written = map(pointer, saved) if saved else [NOWHERE] * len(Saved._fields)
     return [
-        *map(pointer, (q, k, v, out)), *written, *steps, whole(q.shape[1]),
+        *map(pointer, (q, k, v, out)), *written, *every, whole(q.shape[1]),
         real(scale), real(again),
     ]  # fmt: skip
 

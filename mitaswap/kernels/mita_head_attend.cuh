@@ -56,7 +56,7 @@ __device__ __forceinline__ void add(float (&c)[8][4], const u32 (&weights)[4], P
 
 // The attention of all queries, a tile of them, which are of one expert, a warp.
 __device__ __forceinline__ void attend(
-    const Thread& my, u16* out, int son, float* lse, float factor, float twice) {
+    const Thread& my, u16* out, int son, float* lse, float factor, float again) {
     const int g = my.g, t = my.t, count = my.tiles()[MOST_TILES];
     const Place values = my.here + VALUES;
 #pragma unroll 1
@@ -96,7 +96,7 @@ __device__ __forceinline__ void attend(
                     if (e < K) peak = fmaxf(peak, x);
                     if (SHARED && e < M) other = fmaxf(other, y);
                 }
-            top[upper] = SHARED ? fmaxf(peak * factor, other * twice) : peak * factor;
+            top[upper] = SHARED ? fmaxf(peak * factor, other * again) : peak * factor;
         }
 #pragma unroll
         for (int l = 1; l < 4; l <<= 1)
@@ -112,7 +112,7 @@ __device__ __forceinline__ void attend(
             for (int l = 0; l < 4; l++) {
                 const int j = s % 2 * 2 + l / 2, upper = l % 2, e = 8 * j, most = s < 2 ? M : K;
                 const float(&logits)[4] = s < 2 ? some[j] : own[j];
-                const float by = s < 2 ? twice : factor;
+                const float by = s < 2 ? again : factor;
                 float x = 0.f, y = 0.f;
                 if (e < most) x = power_of_two(logits[2 * upper] * by - top[upper]);
                 if (e + 1 < most) y = power_of_two(logits[2 * upper + 1] * by - top[upper]);

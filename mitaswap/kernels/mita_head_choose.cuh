@@ -99,27 +99,29 @@ __device__ __forceinline__ u32 largest(
 // K with the largest scores drop out, of equals the last.
 __device__ __forceinline__ void shorten(const Thread& my, int count) {
     int keys[4], at[4], counts[4], most = 0;
+    bool kept[4];
 #pragma unroll
     for (int r = 0; r < 4; r++) {  // a list at a time, an entry a lane
         const int e = min(4 * my.warp + r, M - 1);
         counts[r] = __shfl_sync(LANES, count, 8 * r);
         most = max(most, counts[r]);
         at[r] = my.lane < counts[r] ? my.list(e)[my.lane] : 0;
-        keys[r] = my.lane < counts[r] ? order_key(my.scores(e)[at[r]]) : 0x7fffffff;
+        kept[r] = my.lane < counts[r];
+        keys[r] = kept[r] ? order_key(my.scores(e)[at[r]]) : 0x7fffffff;
     }
     for (int i = most; i > K; i--)
 #pragma unroll
         for (int r = 0; r < 4; r++) {
             const int least = __reduce_min_sync(LANES, keys[r]);
-            const int last = __reduce_max_sync(LANES, keys[r] == least ? at[r] : -1);
-            if (counts[r] >= i && keys[r] == least && at[r] == last) keys[r] = 0x7fffffff;
+            const int last = __reduce_max_sync(LANES, kept[r] && keys[r] == least ? at[r] : -1);
+            if (counts[r] >= i && kept[r] && at[r] == last) kept[r] = false, keys[r] = 0x7fffffff;
         }
     __syncwarp();
 #pragma unroll
     for (int r = 0; r < 4; r++) {
-        const u32 kept = __ballot_sync(LANES, keys[r] != 0x7fffffff);
-        const int to = __popc(kept & ((1u << my.lane) - 1));
-        if (4 * my.warp + r < M && kept >> my.lane & 1) my.list(4 * my.warp + r)[to] = (u8)at[r];
+        const u32 all = __ballot_sync(LANES, kept[r]);
+        const int to = __popc(all & ((1u << my.lane) - 1));
+        if (4 * my.warp + r < M && kept[r]) my.list(4 * my.warp + r)[to] = (u8)at[r];
     }
     __syncwarp();
 }
@@ -196,7 +198,6 @@ __device__ __forceinline__ void sort_queries(const Thread& my, int* starts, int*
     }
     const int count = counts[lane], begin = sum_before<32>(count, lane);
     const int parts = (count + 15) / 16, before = sum_before<32>(parts, lane);
-    __syncwarp();
     counts[lane] = begin;
     for (int i = 0; i < parts; i++)
         my.tiles()[before + i] = lane | (begin + 16 * i) << 8 | min(16, count - 16 * i) << 16;

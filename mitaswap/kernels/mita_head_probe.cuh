@@ -6,7 +6,7 @@
 // window, for 2 x 16 windows and NP / 16 x 16 tokens as each lane holds them. Windows span rows
 // floor(i h / A) to ceil((i + 1) h / A), as in adaptive pooling.
 struct Windows {
-    u32 twos[2][NP / 16][32][4];
+    alignas(16) u32 twos[2][NP / 16][32][4];  // read 16 bytes at a time
     float half_share[32];  // 1 / (2 tokens)
 };
 
@@ -36,7 +36,7 @@ __device__ __forceinline__ void copy_rows(const Thread& my, int to, const u16* f
     const Place at = chunk(my.here + to, row, c);
     from += (long long)row * stride + c * 8;
 #pragma unroll
-    for (int i = 0; i < NP; i += THREADS / 8, from += THREADS / 8 * stride)
+    for (int i = 0; i < NP; i += THREADS / 8, from += (long long)stride * (THREADS / 8))
         if (row + i < NP) copy16(at + i * ROW, from, row + i < N);
     commit();
 }
@@ -113,6 +113,7 @@ __device__ __forceinline__ void score(const Thread& my) {
                 multiply(term ? low : c, a[term][s], r[s / 2][s % 2 * 2], r[s / 2][s % 2 * 2 + 1]);
 #pragma unroll
         for (int l = 0; l < 4; l++) c[l] += low[l] * (BF16 ? 1.f : 1.f / 2048.f);
+        if (my.pair + 4 * i >= NP / 8) break;  // another warp's
         const int e = 16 * my.mt + my.g;
         float* to = my.scores(e) + 8 * j + 2 * my.t;
         if (e < M) *(float2*)to = make_float2(c[0], c[1]);

@@ -1,5 +1,5 @@
 """Kernels in CUDA C++, compiled when first called: for what Triton cannot say (rows gathered from
-shared memory). The compiler and the driver's interface come with torch.
+shared memory). The compiler and the driver's interface come with torch 2.10 and later.
 """
 
 from __future__ import annotations
@@ -22,12 +22,26 @@ def available() -> bool:
     if torch.version.cuda is None:
         return False
     try:
-        from cuda.bindings import nvrtc
+        from cuda.bindings import driver, nvrtc  # noqa: F401
 
         _checked(nvrtc.nvrtcVersion())
     except (ImportError, RuntimeError):  # a torch before 2.10, or one without the compiler
         return False
     return True
+
+
+def serves(device: int) -> bool:
+    """Whether they can be compiled for, and loaded on, a device: the compiler knows it, and is not
+    of a later CUDA than the driver.
+    """
+    if not available():
+        return False
+    from cuda.bindings import driver, nvrtc
+
+    major, minor = torch.cuda.get_device_capability(device)
+    known = 10 * major + minor in _checked(nvrtc.nvrtcGetSupportedArchs())
+    compiler, _ = _checked(nvrtc.nvrtcVersion())
+    return known and compiler <= _checked(driver.cuDriverGetVersion()) // 1000
 
 
 @functools.cache
@@ -62,15 +76,26 @@ def compiled(file: str, arch: str, fixed: tuple[tuple[str, int], ...]) -> bytes:
     )  # fmt: skip
     options = ["--std=c++17", f"--gpu-architecture={arch}"]
     options += [f"-D{key}={value}" for key, value in fixed]
-    (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [x.encode() for x in options])
-    if int(status):
-        log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
-        _checked(nvrtc.nvrtcGetProgramLog(program, log))
-        raise RuntimeError(f"{file} does not compile: {log.decode(errors='replace')}")
-    image = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
-    _checked(nvrtc.nvrtcGetCUBIN(program, image))
-    _checked(nvrtc.nvrtcDestroyProgram(program))
+    try:
+        (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [x.encode() for x in options])
+        if int(status):
+            log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
+            _checked(nvrtc.nvrtcGetProgramLog(program, log))
+            raise RuntimeError(f"{file} does not compile: {log.decode(errors='replace')}")
+        image = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
+        _checked(nvrtc.nvrtcGetCUBIN(program, image))
+    finally:
+        _checked(nvrtc.nvrtcDestroyProgram(program))
     return image
+
+
+def _bind(device: int) -> None:
+    """Give this thread the device's context, if it has none: a new one's first call may be ours."""
+    from cuda.bindings import driver
+
+    if not int(_checked(driver.cuCtxGetCurrent())):
+        context = _checked(driver.cuDevicePrimaryCtxRetain(_checked(driver.cuDeviceGet(device))))
+        _checked(driver.cuCtxSetCurrent(context))
 
 
 @functools.lru_cache(maxsize=256)
@@ -78,7 +103,8 @@ def kernel(
     file: str, fixed: tuple[tuple[str, int], ...], shared: int, device: int
 ) -> Callable[[int, int, list[Argument]], None]:
     """The kernel of a file, which has the file's name, for a device: called as (blocks, threads,
-    arguments), it is launched on torch's current stream.
+    arguments), it is launched on torch's current stream. What falls out of the cache stays loaded,
+    as graphs may hold it. Before a capture it must have been called once, as Triton's.
 
     Args:
         fixed: whole numbers that it is compiled for.
@@ -87,6 +113,7 @@ def kernel(
     """
     from cuda.bindings import driver
 
+    _bind(device)
     major, minor = torch.cuda.get_device_capability(device)
     image = compiled(file, f"sm_{major}{minor}", fixed)
     module = _checked(driver.cuModuleLoadData(image))
@@ -99,6 +126,7 @@ def kernel(
         _checked(driver.cuFuncSetAttribute(function, attribute, value))
 
     def launch(blocks: int, threads: int, arguments: list[Argument]) -> None:
+        _bind(device)
         values, types = zip(*arguments, strict=True)
         stream = torch.cuda.current_stream(device).cuda_stream
         size = (blocks, 1, 1, threads, 1, 1)

@@ -59,13 +59,6 @@ __device__ __forceinline__ void load4t(u32 (&r)[4], Place row) {
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(row) : "memory");
 }
 
-// a tile of 8 x 8 halves transposed, as each lane holds them
-__device__ __forceinline__ u32 transpose(u32 x) {
-    u32 out;
-    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(x));
-    return out;
-}
-
 // c [16, 8] += a [16, 16] b [16, 8], float32 sums of products of halves
 __device__ __forceinline__ void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
 #if BF16

@@ -1,5 +1,8 @@
 // CUDA's threads as fibers of one CPU thread, and `warp.cuh` in plain C++: what a kernel computes can
 // be tested on any machine. Each lane leaves what it has for its warp, and goes on when all have.
+// Warps run one after the other, in random order, each as far as it can; copies happen when they are
+// waited for; memory is poisoned: a missing barrier of the block, or wait, shows as a wrong result.
+// Within a warp a missing __syncwarp may not show.
 #pragma once
 #include <ucontext.h>
 
@@ -10,6 +13,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <random>
 #include <vector>
 
 typedef unsigned char u8;
@@ -36,13 +40,15 @@ static Index threadIdx, blockIdx;
 
 union Word { u32 u; int i; float f; };
 struct Slot { Word word; const void* row; u32 a[4], b[2]; };
-struct Warp { Slot slots[32]; int arrived = 0; long rounds = 0; };
+struct Warp { Slot slots[32]; int arrived = 0, tag = 0; long rounds = 0; };
+struct Copy { uintptr_t to; const void* from; bool ok; };
 struct Block {
     char* memory;
     std::vector<ucontext_t> fibers;
     std::vector<std::vector<char>> stacks;
     std::vector<Warp> warps;
     std::vector<char> done;
+    std::vector<std::vector<std::vector<Copy>>> copies;  // of each thread, by group
     ucontext_t home;
     int arrived = 0;
     long rounds = 0;
@@ -65,16 +71,25 @@ inline void together(int& arrived, long& rounds, int all) {
 inline void __syncthreads() { together(block.arrived, block.rounds, (int)block.fibers.size()); }
 inline Warp& my_warp() { return block.warps[block.current / 32]; }
 inline int my_lane() { return block.current % 32; }
-inline void __syncwarp() { together(my_warp().arrived, my_warp().rounds, 32); }
+inline void meet(int tag) {
+    Warp& warp = my_warp();
+    if (warp.arrived && warp.tag != tag) {
+        std::fprintf(stderr, "lanes of a warp meet in lines %d and %d\n", warp.tag, tag);
+        std::abort();
+    }
+    warp.tag = tag;
+    together(warp.arrived, warp.rounds, 32);
+}
+inline void __syncwarp() { meet(0); }
 
 // leave something, see what all have left, compute, and leave together
 template <class Leave, class See>
-auto exchange(Leave leave, See see) {
+auto exchange(Leave leave, See see, int line = __builtin_LINE()) {
     Warp& warp = my_warp();
     leave(warp.slots[my_lane()]);
-    __syncwarp();
+    meet(line);
     auto out = see(warp.slots);
-    __syncwarp();
+    meet(-line);
     return out;
 }
 
@@ -86,11 +101,6 @@ inline int __float_as_int(float x) { Word w; w.f = x; return w.i; }
 inline int __popc(u32 x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline float __fdividef(float x, float by) { return x / by; }
-inline u32 __funnelshift_l(u32 low, u32 high, int by) {
-    by &= 31;
-    return by ? high << by | low >> (32 - by) : high;
-}
-
 template <class T>
 T shuffle(T x, int from) {
     u32 got = exchange([&](Slot& s) { s.word.u = bits_of(x); },
@@ -114,7 +124,6 @@ int reduce(int x, Join join) {
         return out;
     });
 }
-inline int __reduce_add_sync(u32, int x) { return reduce(x, [](int a, int b) { return a + b; }); }
 inline int __reduce_min_sync(u32, int x) { return reduce(x, [](int a, int b) { return min(a, b); }); }
 inline int __reduce_max_sync(u32, int x) { return reduce(x, [](int a, int b) { return max(a, b); }); }
 inline u32 __match_any_sync(u32, int x) {
@@ -135,15 +144,22 @@ inline u32 __ballot_sync(u32, bool x) {
 typedef uintptr_t Place;
 inline Place place(const void* shared) { return (Place)shared; }
 inline void copy16(Place to, const void* from, bool ok) {
-    if (ok) std::memcpy((void*)to, from, 16);
-    else std::memset((void*)to, 0, 16);
+    block.copies[block.current].back().push_back({to, from, ok});
 }
 inline void put(Place to, u32 x) { *(u32*)to = x; }
 inline void put16(Place to, uint4 x) { *(uint4*)to = x; }
 inline uint4 get16(Place from) { return *(uint4*)from; }
-inline void commit() {}
+inline void commit() { block.copies[block.current].emplace_back(); }
 template <int left>
-void wait() {}
+void wait() {
+    auto& groups = block.copies[block.current];  // the last is not committed
+    for (size_t i = 0; i + left + 1 < groups.size(); i++) {
+        for (const Copy& x : groups[i])
+            if (x.ok) std::memcpy((void*)x.to, x.from, 16);
+            else std::memset((void*)x.to, 0, 16);
+        groups[i].clear();
+    }
+}
 
 inline float unpack(u16 bits) {
 #if BF16
@@ -182,15 +198,6 @@ inline void load(u32 (&r)[4], Place row, bool transposed) {
         return 0;
     });
 }
-inline u32 transpose(u32 x) {
-    return exchange([&](Slot& s) { s.word.u = x; }, [&](Slot* s) {
-        int g = my_lane() / 4, t = my_lane() % 4;
-        auto half = [&](int row, int column) {
-            return s[4 * row + column / 2].word.u >> 16 * (column % 2) & 0xffff;
-        };
-        return half(2 * t, g) | half(2 * t + 1, g) << 16;
-    });
-}
 inline float at_least(float x, float least) { return x >= least; }
 inline void load4(u32 (&r)[4], Place row) { load(r, row, false); }
 inline void load4t(u32 (&r)[4], Place row) { load(r, row, true); }
@@ -213,7 +220,7 @@ inline void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
                     u32 right = s[column * 4 + l % 8 / 2].b[l / 8];
                     sum += (double)half(left, l) * half(right, l);
                 }
-                c[i] = (float)sum;
+                c[i] = sum == sum ? (float)sum : __uint_as_float(0x7fffffff);  // as devices
             }
             return 0;
         });
@@ -225,41 +232,51 @@ static void enter() {
     yield();
 }
 
-// runs `body` as all threads of all blocks, one block after the other; its memory is poisoned
+// runs `body` as all threads of all blocks, one block after the other
 inline void run(int blocks, int threads, int bytes, void (*body)()) {
-    std::vector<char> memory(bytes + 128);
-    block.memory = memory.data() + (128 - (uintptr_t)memory.data() % 128);
+    std::mt19937 random(0);
+    block.memory = (char*)std::aligned_alloc(128, (bytes + 127) / 128 * 128);
     block.body = body;
     block.stacks.resize(threads);
     for (auto& stack : block.stacks) stack.resize(1 << 16);
+    std::vector<int> order(threads / 32), lanes(32);
+    for (size_t i = 0; i < order.size(); i++) order[i] = (int)i;
+    for (int i = 0; i < 32; i++) lanes[i] = i;
     for (int i = 0; i < blocks; i++) {
         std::memset(block.memory, 0xff, bytes);  // NaN in any type
         blockIdx.x = i;
         block.fibers.assign(threads, {});
         block.warps.assign(threads / 32, {});
         block.done.assign(threads, 0);
+        block.copies.assign(threads, {{}});
         for (int j = 0; j < threads; j++) {
             getcontext(&block.fibers[j]);
             block.fibers[j].uc_stack = {block.stacks[j].data(), 0, block.stacks[j].size()};
             makecontext(&block.fibers[j], enter, 0);
         }
-        for (int left = threads, quiet = 0; left;) {
-            long before = block.rounds;
-            for (auto& warp : block.warps) before += warp.rounds;
-            int ended = 0;
-            for (int j = 0; j < threads; j++) {
-                if (block.done[j]) continue;
-                block.current = threadIdx.x = j;
-                swapcontext(&block.home, &block.fibers[j]);
-                ended += block.done[j];
-            }
-            left -= ended;
-            for (auto& warp : block.warps) before -= warp.rounds;
-            quiet = before == block.rounds && !ended ? quiet + 1 : 0;
-            if (quiet > 1) {
+        for (int left = threads; left;) {
+            bool quiet = true;
+            std::shuffle(order.begin(), order.end(), random);
+            for (int warp : order)
+                for (bool moved = true; moved; quiet = quiet && !moved) {
+                    const long before = block.warps[warp].rounds + block.rounds;
+                    int ended = 0;
+                    std::shuffle(lanes.begin(), lanes.end(), random);
+                    for (int lane : lanes) {
+                        const int j = 32 * warp + lane;
+                        if (block.done[j]) continue;
+                        block.current = threadIdx.x = j;
+                        swapcontext(&block.home, &block.fibers[j]);
+                        ended += block.done[j];
+                    }
+                    left -= ended;
+                    moved = ended || before != block.warps[warp].rounds + block.rounds;
+                }
+            if (quiet) {
                 std::fprintf(stderr, "threads wait for others that never come\n");
                 std::abort();
             }
         }
     }
+    std::free(block.memory);
 }
