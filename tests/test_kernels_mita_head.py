@@ -106,8 +106,7 @@ def emulate(
     )  # fmt: skip
     out = unwritten(batch, tokens, heads, dim, dtype=half).transpose(1, 2)
     code = library(built, mita_head.fixed(q, sizes, save))
-    terms = 3 if half == BF16 else 2
-    assert code.bytes() == mita_head.shared_bytes(tokens, m, terms)
+    assert code.bytes() == mita_head.shared_bytes(tokens, m, half)
     assert code.threads() == mita_head.THREADS
     written = saved if save else None
     given = [kind(x) for x, kind in mita_head.arguments(q, k, v, out, written, scale, scale)]

@@ -10,16 +10,16 @@ from torch import Tensor
 
 from mitaswap.kernels import nvrtc
 from mitaswap.kernels.mita_call import Saved, Sizes
+from mitaswap.kernels.mita_short import fits as fits_backward
 from mitaswap.kernels.nvrtc import NOWHERE, Argument, pointer, real, whole
 from mitaswap.kernels.tiles import ceil
 
 THREADS = 256
-#: below these, as scales of logits, what is compared unscaled may be equal after scaling
-LEAST_SCALE = 1e-4
 
 
-def shared_bytes(tokens: int, m: int, terms: int) -> int:
+def shared_bytes(tokens: int, m: int, dtype: torch.dtype) -> int:
     """Shared memory of a block: BYTES of `mita_head.cu`."""
+    terms = 3 if dtype == torch.bfloat16 else 2  # of a landmark, as in `split`
     rows = ceil(tokens, 16) * 16
     scores = m * (rows + 8) * 4
     return 3 * rows * 128 + scores + terms * 32 * 128 + m * 32 + 2 * 256 + 2 * 128 + 52 * 4
@@ -50,18 +50,17 @@ def _room(device: int) -> int:
 
 
 def suits(q: Tensor, sizes: Sizes, scale: float, again: float) -> bool:
-    """Whether this kernel computes such calls, wherever they lie."""
-    half = q.dtype in (torch.float16, torch.bfloat16)
-    few = q.shape[2] <= 256 and sizes.m <= 32 and 0 < sizes.top <= 32 and sizes.s == 1
-    return half and few and q.shape[3] == 64 and min(scale, again) >= LEAST_SCALE
+    """Whether this kernel computes such calls, wherever they lie: those of the backward on short
+    sequences, with at most 32 keys an expert.
+    """
+    return fits_backward(q, sizes, scale, again) and sizes.top <= 32
 
 
 def fits(q: Tensor, k: Tensor, v: Tensor, sizes: Sizes, scale: float, again: float) -> bool:
     """Whether this kernel takes such a call here; what it does not take is for the long way."""
     if not q.is_cuda or not suits(q, sizes, scale, again) or not plain(q, k, v):
         return False
-    terms = 3 if q.dtype == torch.bfloat16 else 2
-    return shared_bytes(q.shape[2], sizes.m, terms) <= _room(q.device.index)
+    return shared_bytes(q.shape[2], sizes.m, q.dtype) <= _room(q.device.index)
 
 
 @functools.cache
@@ -104,6 +103,6 @@ def head_forward(
     """Write the output [B, H, N, D] and, where given, the tensors of `saved`."""
     batch, heads, tokens, _ = q.shape
     numbers = fixed(q, sizes, saved is not None)
-    bytes = shared_bytes(tokens, sizes.m, 3 if q.dtype == torch.bfloat16 else 2)
+    bytes = shared_bytes(tokens, sizes.m, q.dtype)
     run = nvrtc.kernel("mita_head.cu", numbers, bytes, q.device.index)
     run(batch * heads, THREADS, arguments(q, k, v, out, saved, scale, again))

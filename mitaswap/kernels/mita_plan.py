@@ -199,12 +199,13 @@ def attend_forward(
 ) -> tuple[Tensor, Saved | None]:
     """The output [B, H, N, D] and, if asked to `save` it, what the backward needs."""
     q, k, v = readable(q), readable(k), readable(v)
-    out, short = like(q), fits_head(q, k, v, sizes, scale, again)
-    saved = None if short and not save else empty_saved(q, sizes)
-    if saved is None or short:
-        if q.shape[0] * q.shape[1]:
-            head_forward(q, k, v, out, saved, sizes, scale, again)
-        return out, saved
+    out, some = like(q), q.shape[0] * q.shape[1] > 0
+    if fits_head(q, k, v, sizes, scale, again):
+        wanted = empty_saved(q, sizes) if save else None
+        if some:
+            head_forward(q, k, v, out, wanted, sizes, scale, again)
+        return out, wanted
+    saved = empty_saved(q, sizes)
 
     def run(part: Part) -> None:
         mine = Saved(*(part.flat(x) for x in saved))
@@ -212,7 +213,7 @@ def attend_forward(
         _probe(a, b, c, sizes, scale, mine, len(saved.lse))
         _attend(a, b, c, part.of(out), mine, sizes, scale, again, save)
 
-    if q.shape[0] * q.shape[1]:
+    if some:
         in_halves(q, run)
     return out, saved if save else None
 
