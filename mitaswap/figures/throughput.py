@@ -21,9 +21,10 @@ class Throughput(Chart):
         "medians over the rounds, bands reach from the 20% to the 80% quantile. Forward+backward "
         "has all gradients of the weights and no optimiser step. With the best batch, each network "
         "runs with the power of two that gave it the most images per second, searched without "
-        "torch.compile. In the table, × untouched is the ratio of images per second, the median of "
-        "those within one round. Every attention core had agreed with its formula in float64 "
-        "before it was timed; one that does not, and one for which memory ended, has no point."
+        "torch.compile, and for compiled networks on from there with it. In the table, × untouched "
+        "is the ratio of images per second, the median of those within one round. Every attention "
+        "core had agreed with its formula in float64 before it was timed; one that does not, and "
+        "one for which memory ended, has no point."
     )
     rank = 52
 
