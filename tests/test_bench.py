@@ -111,7 +111,9 @@ KERNELS = [last_rows, scaled, backward_only, large_only, not_finite, gradient_no
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("backward", [False, True])
-@pytest.mark.parametrize("spec", ["standard", "mita(m=9,k=9)", "agent(n=9)+dwc", "nsa"])
+@pytest.mark.parametrize(
+    "spec", ["standard", "mita(m=9,k=9)", "agent(n=9)+dwc", "nsa(block=3,k=4)"]
+)
 def test_right_implementations_pass(spec: str, dtype: torch.dtype, backward: bool) -> None:
     asked = shape(dtype=dtype, backward=backward)
     verdict = gate(cast(Spec.parse(spec), asked), asked)

@@ -23,6 +23,7 @@ from attention_laws import (
     site_of,
 )
 from formulas.mhla import started
+from formulas.nsa import small
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -132,35 +133,36 @@ BAD_SIZES = [
     Bad("inline(t=-1.0)", "t=-1.0 must be 0 or more; use t=0"),
     Bad("focused(floor=-0.5)", "floor=-0.5 must be 0 or more; use floor=0"),
     Bad(
-        "nsa(block=2,k=2)",
+        small("block=2,k=2"),
         "k=2 must be between 3 and the 16 blocks, and no fewer than first + local, which it counts "
         "(tokens 1 + 8x7); use k=3",
         LAYOUT,
     ),
     Bad(
-        "nsa(block=2,k=17)",
+        small("block=2,k=17"),
         "k=17 must be between 3 and the 16 blocks, and no fewer than first + local, which it "
         "counts (tokens 1 + 8x7); use k=16",
         LAYOUT,
     ),
     Bad(
-        "nsa(block=2,k=4,local=7)", f"local=7 must be between 0 and the 6 blocks {AT}; use local=3"
+        small("block=2,k=4,local=7"),
+        f"local=7 must be between 0 and the 6 blocks {AT}; use local=3",
     ),
     Bad(
-        "nsa(block=2,k=4,local=200)",
+        small("block=2,k=4,local=200"),
         f"local=200 must be between 0 and the 6 blocks {AT}; use local=3",
     ),
     Bad(
-        "nsa(block=2,k=4,local=-1)",
+        small("block=2,k=4,local=-1"),
         f"local=-1 must be between 0 and the 6 blocks {AT}; use local=0",
     ),
     Bad(
-        "nsa(block=2,k=4,first=5)",
+        small("block=2,k=4,first=5"),
         f"first=5 must be between 0 and the 4 blocks beside the local ones {AT}; use first=2",
     ),
     *(
         Bad(
-            f"nsa(block={block})",
+            small(f"block={block}"),
             f"block={block} must be between 1 and the 6 patches a side that leave 6 blocks "
             "(tokens 1 + 14x14); use block=6",
             TokenLayout(1, (14, 14)),
@@ -168,27 +170,27 @@ BAD_SIZES = [
         for block in (47, 100000)
     ),
     Bad(
-        "nsa(block=2,k=4,stride=5)",
+        small("block=2,k=4,stride=5"),
         "stride=5 must be between 1 and the 3 patches of a span, or some are in none; use stride=3",
     ),
     Bad(
-        "nsa(block=2,k=4,span=0)",
+        small("block=2,k=4,span=0"),
         f"span=0 must be between 1 and the 5 patches a side {AT}; use span=2",
     ),
     Bad(
-        "nsa(block=2,k=4,span=9)",
+        small("block=2,k=4,span=9"),
         f"span=9 must be between 1 and the 5 patches a side {AT}; use span=5",
     ),
     Bad(
-        "nsa(block=2,k=4,blocks=raster,span=7)",
+        small("block=2,k=4,blocks=raster,span=7"),
         f"span=7 must be between 1 and the 4 patches a side {AT}; use span=4",
     ),
     Bad(
-        "nsa(block=9,k=1,first=0,local=1)",
+        small("block=9,k=1,first=0,local=1"),
         f"block=9 must be between 1 and the 5 patches a side that leave 1 block {AT}; use block=5",
     ),
     Bad(
-        "nsa(block=9,k=1,first=0,local=1,blocks=raster)",
+        small("block=9,k=1,first=0,local=1,blocks=raster"),
         f"block=9 must be between 1 and the 4 patches a side that leave 1 block {AT}; use block=4",
     ),
     *(
@@ -312,7 +314,10 @@ def test_impossible_sizes(bad: Bad) -> None:
     assert "use " in text or "nearest" in text
     with pytest.raises(MitaswapError) as from_call:  # before any work: meta tensors have no data
         part(*(x.to("meta") for x in draw(bad.layout)), layout=bad.layout)
-    assert str(from_call.value) == text
+    told, _, fits = str(from_call.value).partition(f"; for {bad.layout} there is ")
+    assert told == text
+    if fits:
+        mechanism(fits).check(bad.layout, 8)
 
 
 #: numbers far from any size, and a few between
@@ -398,7 +403,7 @@ def test_a_site_can_be_asked_about_before_any_work(
 
 @pytest.mark.parametrize("grid", [(4, 13), (3, 17), (13, 4), (2, 6)], ids=str)
 @pytest.mark.parametrize(
-    "spec", ["sparsifiner(k=9)", "linformer", "agent(bias=true)", "agent(bias=true,pool=7x7)"]
+    "spec", ["sparsifiner(k=9)", "linformer(n=49)", "agent(bias=true)", "agent(bias=true,pool=7x7)"]
 )
 def test_windows_of_the_start_bind_no_later_grid(spec: str, grid: tuple[int, int]) -> None:
     """Learned parts follow the image size, also where windows that they start from do not fit."""
@@ -668,10 +673,19 @@ GRIDS = [TokenLayout(1, grid) for grid in
 
 @pytest.mark.parametrize("name", MECHANISMS.names())
 def test_defaults_fit_or_a_fitting_set_is_suggested(name: str) -> None:
+    """Those of papers on texts fit 64 x 64 patches; where they do not, the error has what does."""
     cls = MECHANISMS.get(name)
-    mechanism(name).check(TokenLayout(1, (14, 14)), 64)
+    assert not cls.suggest(TokenLayout(1, (64, 64)))
+    mechanism(name).check(TokenLayout(1, (64, 64)), 64)
     for layout in GRIDS:
-        mechanism(Spec(name, cls.suggest(layout))).check(layout, 16)
+        fits = mechanism(Spec(name, cls.suggest(layout)))
+        fits.check(layout, 16)
+        try:
+            mechanism(name).check(layout, 16)
+        except MitaswapError as error:
+            with pytest.raises(MitaswapError) as told:
+                mechanism(name).fit(layout, 16)
+            assert str(told.value) == f"{error}; for {layout} there is {fits.spec}"
 
 
 @each
@@ -771,14 +785,17 @@ def test_spec_shows_what_is_set(spec: str) -> None:
 def test_defaults_are_the_papers() -> None:
     assert str(mechanism("mita").spec) == "mita(m=25,k=25)"
     assert str(mechanism("agent").spec) == "agent(n=49)"
-    assert str(mechanism("moba(own=true)").spec) == "moba(n=14)"
+    assert str(mechanism("moba(own=true)").spec) == "moba(n=16)"
     assert str(mechanism("reformer(share_qk=true,chunk=8)").spec) == "reformer(buckets=0,chunk=8)"
     assert str(mechanism("pvt(norm=true,place=before)").spec) == "pvt"
-    assert str(mechanism("nystrom(conv=33)").spec) == "nystrom(m=49)"
+    assert str(mechanism("nystrom(conv=33)").spec) == "nystrom(m=64)"
     assert str(mechanism("nsa(first=1,local=2,projections=branch)").spec) == "nsa"
-    assert str(mechanism("nsa(block=4,k=6,span=3,stride=2)").spec) == "nsa"
+    sizes = "nsa(block=8,k=16,span=6,stride=4,window=23,blocks=raster)"  # 64, 16, 32, 16, 512
+    assert str(mechanism(sizes).spec) == "nsa"
     assert str(mechanism("ttt(step=sum)").spec) == "ttt"
     assert str(mechanism("dat(groups=0,stride=2)").spec) == "dat"
-    assert str(mechanism("dsa(k=49,index_dim=128)").spec) == "dsa(k=49)"
+    assert str(mechanism("dsa(k=2048,index_dim=128)").spec) == "dsa(k=2048)"
+    assert str(mechanism("linformer").spec) == "linformer(n=256)"
+    assert str(mechanism("spark(r=0)").spec) == "spark(k=256)"
     assert str(mechanism("linear(eps=1e-6,feature=elu)").spec) == "linear"
     assert repr(mechanism("mita(k=9,m=4)")) == "Mita(mita(m=4,k=9))"

@@ -340,8 +340,8 @@ def test_learned_parts_of_another_grid_need_not_fit_as_if_they_were_new() -> Non
     """Windows of the grid that they were built for, which this one would be too small for."""
     model, built = PlainNetwork(PlainAttention()), {"layers.0": TokenLayout(0, (14, 14))}
     with pytest.raises(SwapError, match=r"layers.0: linformer.n=49.: n=49 must be"):
-        mitaswap.swap(model, "linformer", example=images(64, 96))
-    with mitaswap.swap(model, "linformer", example=images(64, 96), built=built):
+        mitaswap.swap(model, "linformer(n=49)", example=images(64, 96))
+    with mitaswap.swap(model, "linformer(n=49)", example=images(64, 96), built=built):
         model(images(64, 96))
 
 

@@ -17,9 +17,6 @@ from mitaswap.spec import Spec
 if TYPE_CHECKING:
     from mitaswap.mechanisms import Mechanism
 
-_USUAL = "for 3 heads of 64 at 1 + 14x14 tokens"
-_SMALL = "for 6 heads of 64 at 1 + 14x14 tokens (a layer of DeiT-S at 224)"
-
 
 @app.command()
 def ls(
@@ -137,6 +134,7 @@ def _part(part: Mechanism) -> None:
     """One mechanism, or one wrapper, without what is inside it."""
     from mitaswap.mechanisms import mechanism
     from mitaswap.results import addresses
+    from mitaswap.tokens import TokenLayout
 
     cls: Any = type(part)
     inner = getattr(part, "inner", None)
@@ -147,12 +145,14 @@ def _part(part: Mechanism) -> None:
     if inner:
         reads = sorted(cls(mechanism("standard"), part.options).needs)  # by itself
         needs = ", ".join(["q, k, v", *reads])
-        learned = f"{own:,} parameters {_USUAL}"
+        learned = f"{own:,} parameters {_site(part)}"
         about = [("does", cls.summary), *about, ("needs", needs), ("learned", learned)]
     else:
         limits = "\n".join(f"{spec} is {limit}" for spec, limit in cls.limits) or "none"
         card = [(f.name.replace("_", " "), getattr(cls.card, f.name)) for f in fields(cls.card)]
         papers = [("the paper's", cls.paper)] if cls.paper else []
+        small = cls.suggest(TokenLayout(1, (14, 14)))  # where the defaults are for longer sequences
+        papers += [("at 14x14 patches", str(Spec(cls.name, small)))] if small else []
         about = [*card, *about, *papers, ("limits", limits), *_reading(part, own), *_cost(part)]
     out.print(f"+{cls.name}" if inner else cls.name, style="bold", markup=False)
     out.print(_flowing(cls.__doc__ or ""), markup=False, highlight=False)
@@ -171,18 +171,26 @@ def _part(part: Mechanism) -> None:
 
 def _cost(part: Mechanism) -> list[tuple[str, str]]:
     """What one attention core costs in DeiT-S at 224; nothing where it does not tell or fit."""
-    from mitaswap.mechanisms import SiteShape, mechanism
-    from mitaswap.tokens import TokenLayout
+    from mitaswap.mechanisms import mechanism, usual_site
 
-    site = SiteShape(6, 64, TokenLayout(1, (14, 14)))
     try:
-        cost = mechanism(part.spec).cost(site)
+        cost = mechanism(part.spec).cost(usual_site(part, heads=6))
     except (MitaswapError, NotImplementedError):
         return []
     more = f"; empty slots of the reference: {cost.padding / 1e6:.1f} more" if cost.padding else ""
     flops = f"{cost.flops / 1e6:.1f} MFLOPs (a multiply-add is two{more})"
     moved = f"{cost.bytes() / 1e6:.2f} MB moved in half precision"
-    return [("one image", f"{flops}, {moved}, {_SMALL}")]
+    return [("one image", f"{flops}, {moved}, {_site(part, heads=6)}")]
+
+
+def _site(part: Mechanism, heads: int = 3) -> str:
+    """Where the numbers of a description are from."""
+    from mitaswap.mechanisms import usual_site
+
+    site = usual_site(part, heads)
+    pixels = 16 * site.layout.grid[0]
+    name = "DeiT-T" if heads == 3 else "DeiT-S"
+    return f"for {heads} heads of 64 at {site.layout} tokens (a layer of {name} at {pixels})"
 
 
 def _reading(part: Mechanism, learned: int) -> list[tuple[str, str]]:
@@ -190,7 +198,7 @@ def _reading(part: Mechanism, learned: int) -> list[tuple[str, str]]:
     return [
         ("needs", ", ".join(["q, k, v", *sorted(part.needs)])),
         ("honours", ", ".join(sorted(part.supports)) or "no bias, mask or dropout"),
-        ("learned", f"{learned:,} parameters {_USUAL}"),
+        ("learned", f"{learned:,} parameters {_site(part)}"),
     ]
 
 

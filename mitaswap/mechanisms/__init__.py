@@ -6,7 +6,7 @@ A mechanism turns q, k, v into an output and knows nothing of models. `_base` ho
 """
 
 from mitaswap.mechanisms._base import MECHANISMS, Mechanism, Options
-from mitaswap.mechanisms._build import learned_numbers, mechanism, spelled_out
+from mitaswap.mechanisms._build import learned_numbers, mechanism, spelled_out, usual_site
 from mitaswap.mechanisms._card import TRAITS, Card, Cost, Routing, SiteShape
 from mitaswap.mechanisms._outside import OUTSIDE
 from mitaswap.mechanisms._wrapper import WRAPPERS, Wrapper
@@ -26,4 +26,5 @@ __all__ = [
     "learned_numbers",
     "mechanism",
     "spelled_out",
+    "usual_site",
 ]

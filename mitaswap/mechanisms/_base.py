@@ -5,7 +5,7 @@ parameters.
 from __future__ import annotations
 
 import math
-from dataclasses import Field, dataclass, fields
+from dataclasses import Field, dataclass, fields, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -51,8 +51,7 @@ class Mechanism(nn.Module):
     #: options at which it equals another mechanism, as pairs of call strings; {tokens} and
     #: {patches} are those of the layout, {dim} is the head's
     limits: ClassVar[tuple[tuple[str, str], ...]] = ()
-    #: the paper's module at the paper's sizes, where it gives them and the name alone is not that:
-    #: wrappers around the formula, counts for texts of thousands of tokens (64 x 64 patches here)
+    #: the paper's module, where the name alone is not that: wrappers around the formula
     paper: ClassVar[str] = ""
     #: the laws that hold for it, of `TRAITS`; where options decide, a property
     traits: ClassVar[frozenset[str]] = frozenset()
@@ -123,7 +122,33 @@ class Mechanism(nn.Module):
         """All that can be asked before a mechanism is attached, without building anything: `check`,
         and what depends on heads and width.
         """
-        self.check(site.layout, site.head_dim)
+        self.fit(site.layout, site.head_dim)
+
+    def fit(self, layout: TokenLayout, head_dim: int) -> None:
+        """`check`, whose error also says which options fit, where those it minds were not chosen.
+
+        Raises:
+            MitaswapError: these options cannot work on `layout`.
+        """
+        try:
+            self.check(layout, head_dim)
+        except MitaswapError as error:
+            fits = self._fitting(layout, head_dim)
+            raise MitaswapError(f"{error}{fits and f'; for {layout} there is {fits}'}") from None
+
+    def _fitting(self, layout: TokenLayout, head_dim: int) -> str:
+        """These options with others in the place of defaults that do not fit; empty if none do."""
+        left = {e.name for e in self._fields if getattr(self.options, e.name) == e.default}
+        found: dict[str, Any] = self.suggest(layout)
+        found = {name: value for name, value in found.items() if name in left}
+        if not found:
+            return ""
+        other = type(self)(replace(self.options, **found))
+        try:
+            other.check(layout, head_dim)
+        except MitaswapError:
+            return ""
+        return str(other.spec)
 
     def _built(self, layout: TokenLayout) -> TokenLayout:
         """The layout that learned parts were created for; `layout` if there are none yet."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import typing
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, Literal
 
 from mitaswap.errors import MitaswapError, unknown
@@ -59,15 +59,33 @@ def spelled_out(spec: Spec) -> Spec:
     )
 
 
-#: a ViT's usual site: 224 pixels in patches of 16, a class token, 3 heads of 64
-USUAL = SiteShape(3, 64, TokenLayout(1, (14, 14)))
+def usual_site(part: Mechanism, heads: int = 3) -> SiteShape:
+    """A site to describe a mechanism at: a ViT's usual one, 224 pixels in patches of 16, a class
+    token, heads of 64; or, for what is made for thousands of tokens, that of 1,024 pixels.
 
-
-def learned_numbers(part: Mechanism, site: SiteShape = USUAL) -> int:
-    """How many parameters of its own an unattached mechanism has at a site; it is attached there
-    then.
+    Raises:
+        MitaswapError: it fits neither.
     """
-    part.attach(site)
+    site = SiteShape(heads, 64, TokenLayout(1, (14, 14)))
+    try:
+        mechanism(part.spec).check_site(site)
+    except MitaswapError:
+        larger = replace(site, layout=TokenLayout(1, (64, 64)))
+        try:
+            mechanism(part.spec).check_site(larger)
+        except MitaswapError:
+            pass
+        else:
+            return larger
+        raise
+    return site
+
+
+def learned_numbers(part: Mechanism, site: SiteShape | None = None) -> int:
+    """How many parameters of its own an unattached mechanism has at a site, by default its usual
+    one; it is attached there then.
+    """
+    part.attach(site or usual_site(part))
     return sum(p.numel() for p in part.parameters())
 
 

@@ -34,7 +34,7 @@ def check_call(
             f"{list(q.shape)}, {list(k.shape)}, {list(v.shape)}"
         )
     layout.check(q.shape[2], "q")
-    part.check(layout, q.shape[3])
+    part.fit(layout, q.shape[3])
     for name in extra:
         if name not in PART:
             raise unknown("argument of an attention call", name, PART)

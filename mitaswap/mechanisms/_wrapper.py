@@ -86,7 +86,7 @@ class Wrapper(Mechanism):
         return self.inner.routes
 
     def check(self, layout: TokenLayout, head_dim: int) -> None:
-        self.inner.check(layout, head_dim)
+        self.inner.fit(layout, head_dim)
 
     def check_site(self, site: SiteShape) -> None:
         self.inner.check_site(site)

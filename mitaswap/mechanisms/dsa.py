@@ -36,7 +36,7 @@ class DsaOptions(Options):
     """Options of DeepSeek sparse attention.
 
     Args:
-        k: keys per query. The paper takes 2048 of a long context; 49 is a quarter of 196 patches.
+        k: keys per query; 2048 is the paper's, of a long context.
         index_heads: heads of the indexer; 0 is as many as the attention has.
         index_dim: width of one index head, 128 as in the paper's model.
         index_from: what the indexer reads: `qk`, the queries and keys of all heads, whose products
@@ -48,7 +48,7 @@ class DsaOptions(Options):
         seed: of the indexer's start.
     """
 
-    k: int = 49
+    k: int = 2048
     index_heads: int = 0
     index_dim: int = 128
     index_from: Literal["qk", "x"] = "qk"
@@ -100,7 +100,7 @@ class Dsa(Mechanism):
         untrained="usable",
     )
     limits = (("dsa(k={tokens})", "standard"),)
-    paper = "dsa(k=2048,index_from=x)"
+    paper = "dsa(index_from=x)"
     samples = (
         {"k": 13},
         {"k": 9, "index_heads": 2, "index_dim": 5, "norm": True},

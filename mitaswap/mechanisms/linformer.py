@@ -27,13 +27,13 @@ class LinformerOptions(Options):
     """Options of Linformer.
 
     Args:
-        n: entries that the patches are projected to (the paper's k, 256 for 512 tokens and more;
-            49 here, for 196 patches). They start as windows of the grid, so n = a * b must fit it.
+        n: entries that the patches are projected to (k in the paper, 256 for its 512 to 4,096
+            tokens). They start as windows of the grid, so n = a * b must fit it.
         sharing: `headwise` has one E and one F for all heads, `key-value` one E = F for all heads,
             `none` an E and an F for each head. (The paper's layerwise sharing needs all layers.)
     """
 
-    n: int = 49
+    n: int = 256
     sharing: Literal["none", "headwise", "key-value"] = "headwise"
 
 
@@ -66,9 +66,8 @@ class Linformer(Mechanism):
         untrained="usable",
     )
     limits = (("linformer(n={patches})", "standard"),)
-    paper = "linformer(n=256)"
     samples = (
-        {},
+        {"n": 49},
         {"n": 9, "sharing": "none"},
         {"n": 6, "sharing": "key-value"},
     )
@@ -78,7 +77,7 @@ class Linformer(Mechanism):
 
     @classmethod
     def suggest(cls, layout: TokenLayout) -> dict[str, Value]:
-        if min(layout.grid) >= 7:
+        if min(layout.grid) >= 16:
             return {}
         rows, columns = (min(7, (side + 1) // 2) for side in layout.grid)
         return {"n": rows * columns}

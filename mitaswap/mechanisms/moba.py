@@ -28,11 +28,11 @@ from mitaswap.tokens import TokenLayout
 
 @dataclass(frozen=True)
 class MobaOptions(Options):
-    """Options of MoBA. Three blocks are the paper's; 14 of them are the rows of a 14 x 14 grid.
+    """Options of MoBA.
 
     Args:
-        n: number of blocks.
-        k: blocks that each query reads.
+        n: number of blocks; 16 are the 8,192 tokens of the paper's first models in blocks of 512.
+        k: blocks that each query reads; 3 are those models'.
         blocks: `raster` cuts the sequence of patches into runs (the paper); `windows` cuts their
             grid.
         pool: windows as `AxB`; `auto` chooses the most square ones.
@@ -41,7 +41,7 @@ class MobaOptions(Options):
             pretrained queries and keys.
     """
 
-    n: int = 14
+    n: int = 16
     k: int = 3
     blocks: Literal["raster", "windows"] = "raster"
     pool: str = "auto"
@@ -75,8 +75,6 @@ class Moba(Mechanism):
         ("moba(n=4,k=4)", "standard"),
         ("moba(n=4,k=4,blocks=windows)", "standard"),
     )
-    # blocks of 512 tokens
-    paper = "moba(n=8)"
     samples = (
         {"n": 8, "k": 4, "own": False},
         {"n": 9, "k": 5},

@@ -30,25 +30,32 @@ from mitaswap.operators.windows import Windows, cut, ragged_size, runs
 from mitaswap.spec import Value
 from mitaswap.tokens import TokenLayout
 
+#: for the 14 x 14 patches of a ViT, which the paper's sizes exceed
+_SMALL: dict[str, Value] = {
+    **{"block": 4, "k": 6, "span": 3, "stride": 2, "window": 5},
+    "blocks": "windows",
+}
+
 
 @dataclass(frozen=True)
 class NsaOptions(Options):
-    """Options of native sparse attention. The paper's sizes (compressed blocks of 32 tokens, 16
-    apart, selected ones of 64, k = 16, a window of 512) are for texts of thousands of tokens; the
-    defaults are ours, for a ViT's 14 x 14 patches. Compressed blocks of 3 x 3 patches, 2 apart
-    along each axis, and selected ones of 4 x 4 nearly keep its proportions: 9 : 4 : 16 patches for
-    8 : 4 : 16.
+    """Options of native sparse attention. The defaults are the paper's sizes, as the sides of the
+    nearest squares, for thousands of tokens. For a ViT's 14 x 14 patches there is
+    `nsa(block=4,k=6,span=3,stride=2,window=5,blocks=windows)`, which nearly keeps the paper's
+    proportions of compressed blocks, their distances and selected ones, 8 : 4 : 16: squares of 3 x
+    3 patches, 2 apart along each axis, and of 4 x 4 are 9 : 4 : 16.
 
     Args:
-        block: side of the square windows of patches that are selected, l' in the paper (64 tokens).
+        block: side of the selected blocks, of block * block patches, l' in the paper (64 tokens).
         k: blocks that each query selects.
-        window: side of the neighbourhood around each query, an odd number.
-        blocks: `windows` of the grid, or `raster`: runs of block * block patches in raster order,
-            compressed ones of span * span, stride * stride apart, and a neighbourhood of window *
-            window patches before and behind.
-        span: side of the square windows of patches that are compressed, l (32 tokens).
-        stride: patches from one of these to the next along each axis, d (16 tokens); equal to span,
-            they do not overlap.
+        window: side of the neighbourhood around each query, an odd number (the paper's window of
+            512 tokens: here 23 * 23).
+        blocks: `raster`: runs of block * block patches in raster order, compressed ones of span *
+            span, stride * stride apart, and a neighbourhood of window * window patches, before and
+            behind; or all of them square `windows` of the grid.
+        span: side of the blocks that are compressed, l (32 tokens: 6 * 6).
+        stride: from one of these to the next, d (16 tokens: 4 * 4), along each axis of the grid
+            with windows; equal to span, they do not overlap.
         compress: how a block becomes one key and one value: `mlp` adds a learned MLP with
             intra-block positions (the paper) to the average, `mean` is the average.
         first: number of initial blocks, row by row, that are always among the k of every query (1
@@ -63,12 +70,12 @@ class NsaOptions(Options):
             that a trained network has, and saves six maps of all tokens.
     """
 
-    block: int = 4
-    k: int = 6
-    window: int = 5
-    blocks: Literal["windows", "raster"] = "windows"
-    span: int = 3
-    stride: int = 2
+    block: int = 8
+    k: int = 16
+    window: int = 23
+    blocks: Literal["raster", "windows"] = "raster"
+    span: int = 6
+    stride: int = 4
     compress: Literal["mlp", "mean"] = "mlp"
     first: int = 1
     local: int = 2
@@ -117,18 +124,16 @@ class Nsa(Mechanism):
         cost="N (N / stride^2 + k block^2 + window^2) d",
         untrained="usable",
     )
-    # the squares nearest to blocks of 32, 16 apart, of 64, and a window of 512 tokens
-    paper = "nsa(blocks=raster,block=8,k=16,span=6,stride=4,window=23)"
     samples = (
-        {"k": 4, "block": 3},
-        {"k": 5, "block": 2, "span": 2, "stride": 2},
-        {"k": 3, "block": 2, "span": 4, "first": 0, "local": 1, "projections": "site"},
-        {"block": 3, "k": 2, "window": 3, "blocks": "raster", "first": 0, "local": 0, "span": 2},
-        {"block": 3, "k": 4, "compress": "mean", "choice": "shared", "window": 7, "stride": 3},
-        {
-            "block": 2, "k": 6, "first": 2, "local": 3, "blocks": "raster", "projections": "site",
-            "span": 2, "stride": 1,
-        },
+        {**_SMALL, "k": 4, "block": 3},
+        {**_SMALL, "k": 5, "block": 2, "span": 2, "stride": 2},
+        {**_SMALL, "k": 3, "block": 2, "span": 4, "first": 0, "local": 1, "projections": "site"},
+        {**_SMALL, "block": 3, "k": 2, "window": 3, "blocks": "raster", "first": 0, "local": 0,
+         "span": 2},
+        {**_SMALL, "block": 3, "k": 4, "compress": "mean", "choice": "shared", "window": 7,
+         "stride": 3},
+        {**_SMALL, "block": 2, "k": 6, "first": 2, "local": 3, "blocks": "raster",
+         "projections": "site", "span": 2, "stride": 1},
     )  # fmt: skip
     needs = frozenset({"grid", "x"})
     gate_weight: nn.Parameter
@@ -155,18 +160,17 @@ class Nsa(Mechanism):
         odd(self, "window", o.window, side, ", with the query in its middle")
 
     def _check_blocks(self, layout: TokenLayout) -> None:
-        o, at, whole = self.options, f"(tokens {layout})", max(layout.grid)
+        o, at, most = self.options, f"(tokens {layout})", max(layout.grid)
         if o.blocks == "raster":
-            whole = math.isqrt(layout.patches - 1) + 1
-        most = max(whole, NsaOptions.span)
+            most = math.isqrt(layout.patches - 1) + 1
         fits = min(max(1, o.stride), most), most
         in_range(self, "span", o.span, 1, most, f"patches a side {at}", fits)
         in_range(self, "stride", o.stride, 1, o.span, "patches of a span, or some are in none")
-        if not 1 <= o.block <= NsaOptions.block:  # the others are to blame where blocks are small
+        if not 1 <= o.block <= 4:  # the others are to blame where blocks are small
             # as many blocks as k, first and local ask for, if there can be that many
             need = max(1, o.k, o.first + o.local)
             need = need if need <= layout.patches else 1
-            sides = range(1, max(whole, NsaOptions.block) + 1)
+            sides = range(1, most + 1)
             most = max(side for side in sides if math.prod(self._cut(layout, side)[1]) >= need)
             of = f"patches a side that leave {need} block{'s' * (need > 1)} {at}"
             in_range(self, "block", o.block, 1, most, of)
@@ -182,14 +186,16 @@ class Nsa(Mechanism):
     @classmethod
     def suggest(cls, layout: TokenLayout) -> dict[str, Value]:
         o = NsaOptions
-        many, few = (math.prod(-(-n // side) for n in layout.grid) for side in (o.block, 2))
-        if many > o.k:
+        if layout.patches > o.k * o.block**2:
             return {}
-        small: dict[str, Value] = {"block": 2, "span": 2, "stride": 2}
+        many, few = (math.prod(-(-n // side) for n in layout.grid) for side in (4, 2))
+        if many > 6:
+            return _SMALL
+        least = {**_SMALL, "block": 2, "span": 2}
         if few < o.first + o.local:
-            return {**small, "k": few, "first": 0, "local": 1}
+            return {**least, "k": few, "first": 0, "local": 1}
         # on the smallest grids one that the query chooses
-        return small if few > o.k else {**small, "k": min(few, o.first + o.local + 1)}
+        return least if few > 6 else {**least, "k": min(few, o.first + o.local + 1)}
 
     def build(self, site: SiteShape) -> None:
         self.gate_weight = nn.Parameter(torch.zeros(3 * site.heads, site.width))

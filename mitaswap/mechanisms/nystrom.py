@@ -29,7 +29,7 @@ class NystromOptions(Options):
     """Options of Nystrom attention.
 
     Args:
-        m: number of landmarks; 49 for 197 tokens (64 in the paper, for 512 and more).
+        m: number of landmarks; 64 are the paper's.
         landmarks: `segments` averages m runs of the sequence, special tokens among them (the
             paper); `windows` averages m windows of the patch grid.
         inverse: `iterative` approximates the pseudoinverse by matrix products (the paper), and so
@@ -44,7 +44,7 @@ class NystromOptions(Options):
             transformer). 0 leaves the convolution out, as Alg. 1 does.
     """
 
-    m: int = 49
+    m: int = 64
     landmarks: Literal["segments", "windows"] = "segments"
     inverse: Literal["iterative", "exact"] = "iterative"
     iterations: int = 6
@@ -86,9 +86,8 @@ class Nystrom(Mechanism):
     limits = (
         ("nystrom(m={tokens},inverse=exact)", "standard"),
         ("nystrom(m={tokens},iterations=30)", "standard"),
-        ("nystrom(conv=0)", "nystrom"),
+        ("nystrom(m=9,conv=0)", "nystrom(m=9)"),
     )
-    paper = "nystrom(m=64)"
     samples = (
         {"m": 9},
         {"m": 9, "conv": 0},

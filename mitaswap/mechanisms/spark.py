@@ -27,8 +27,7 @@ class SparkOptions(Options):
     """Options of Spark attention.
 
     Args:
-        k: keys per query. The paper takes 256 of a language model's context; 49 is a quarter of 196
-            patches.
+        k: keys per query; 256 is the paper's, of a language model's context.
         r: leading features that predict; 0 is half of the head dim, as in the paper.
         select: `statistical` keeps scores above the Gaussian quantile of their row, so k of them if
             they are distributed normally; `exact` keeps the k largest.
@@ -37,7 +36,7 @@ class SparkOptions(Options):
             softmax attention to the predicted keys, which suits pretrained weights.
     """
 
-    k: int = 49
+    k: int = 256
     r: int = 0
     select: Literal["statistical", "exact"] = "statistical"
     gate: Literal["softplus", "exp"] = "softplus"
@@ -72,7 +71,6 @@ class Spark(Mechanism):
         ("spark(k={tokens},gate=exp,select=exact)", "standard"),
         ("spark(k=9,r={dim},gate=exp,select=exact)", "topk(k=9)"),
     )
-    paper = "spark(k=256)"
     samples = (
         {"k": 2},
         {"k": 14, "gate": "exp"},

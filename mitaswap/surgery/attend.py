@@ -217,7 +217,7 @@ def _check(module: Any, mechanism: Mechanism, layout: TokenLayout, query: Tensor
             "this layer."
         )
     try:
-        mechanism.check(layout, query.shape[3])
+        mechanism.fit(layout, query.shape[3])
     except MitaswapError as error:
         raise SwapError(f"{module._mitaswap.site.path}: {error}") from None
     if not is_compiling():

@@ -129,7 +129,7 @@ def fit(
         if weight is not None:
             part.check_kernel(shape, weight.device, weight.dtype)
         part.attach(equal.setdefault(shape, shape))
-        part.check(site.layout, site.head_dim)
+        part.fit(site.layout, site.head_dim)
     except MitaswapError as error:
         raise SwapError(f"{site.path}: {error}") from None
     return part

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from formulas._case import BARE, BOTH, DEEP, EVEN, TAIL, Case, Formula, Inputs, largest, read
 from mitaswap import TokenLayout
+from mitaswap.spec import Spec
 
 #: a block: the tokens that it holds, each with its slot
 Block = list[tuple[int, int]]
@@ -273,6 +274,14 @@ def nsa(
     return formula
 
 
+def small(options: str) -> str:
+    """A call string for small grids: unless others are given, compressed windows of 3 x 3 patches,
+    2 apart, selected ones of 4 x 4, a neighbourhood of 5 x 5.
+    """
+    sizes = {"block": 4, "k": 6, "span": 3, "stride": 2, "window": 5, "blocks": "windows"}
+    return str(Spec("nsa", {**sizes, **Spec.parse(f"nsa({options})").options}))
+
+
 #: one projection for all branches, and of the blocks only the query's own is fixed
 ONE = {"initial": 0, "local": 1, "apart": False}
 FREE = {"initial": 0, "local": 0, "apart": False}
@@ -281,67 +290,70 @@ SAME = {"span": 2, "stride": 2}
 BIG = TokenLayout(1, (8, 12), 1)
 
 CASES = [
-    Case("nsa(block=2,k=4,window=3,span=2,stride=1)", nsa(2, 4, 3)),
-    Case("nsa(block=2,k=5,window=5,span=2,stride=1)", nsa(2, 5, 5), TAIL, 24),
-    Case("nsa(block=3,k=4,window=3,span=2,stride=1)", nsa(3, 4, 3), BOTH, scale=0.6),
-    Case("nsa(block=1,k=5,window=1,span=1,stride=1)", nsa(1, 5, 1, 1, 1), DEEP),
-    Case("nsa(block=2,k=6,window=3,span=4)", nsa(2, 6, 3, 4, 2), BARE),
-    Case("nsa(block=2,k=3,window=3,span=4)", nsa(2, 3, 3, 4, 2), EVEN, 72),
-    Case("nsa(k=5)", nsa(4, 5, 5, 3, 2), TokenLayout(1, (9, 10), 1), 4),
+    Case("nsa(k=4)", nsa(8, 4, 23, 6, 4, raster=True), TokenLayout(1, (14, 15)), 4),
+    Case(small("block=2,k=4,window=3,span=2,stride=1"), nsa(2, 4, 3)),
+    Case(small("block=2,k=5,window=5,span=2,stride=1"), nsa(2, 5, 5), TAIL, 24),
+    Case(small("block=3,k=4,window=3,span=2,stride=1"), nsa(3, 4, 3), BOTH, scale=0.6),
+    Case(small("block=1,k=5,window=1,span=1,stride=1"), nsa(1, 5, 1, 1, 1), DEEP),
+    Case(small("block=2,k=6,window=3,span=4"), nsa(2, 6, 3, 4, 2), BARE),
+    Case(small("block=2,k=3,window=3,span=4"), nsa(2, 3, 3, 4, 2), EVEN, 72),
+    Case(small("k=5"), nsa(4, 5, 5, 3, 2), TokenLayout(1, (9, 10), 1), 4),
     # all sizes divide the grid: Eq. 9 as it is printed
-    Case("nsa(k=5,span=4)", nsa(4, 5, 5, 4, 2, "printed"), BIG, 4),
+    Case(small("k=5,span=4"), nsa(4, 5, 5, 4, 2, "printed"), BIG, 4),
     Case(
-        "nsa(k=2,first=0,local=0,projections=site,compress=mean,span=4)",
+        small("k=2,first=0,local=0,projections=site,compress=mean,span=4"),
         nsa(4, 2, 5, 4, 2, "printed", **FREE),
         BIG,
         4,
         scale=1.5,
     ),
-    Case("nsa(block=2,k=5,window=3,span=2,stride=1)", nsa(2, 5, 3, 2, 1, "printed"), EVEN),
+    Case(small("block=2,k=5,window=3,span=2,stride=1"), nsa(2, 5, 3, 2, 1, "printed"), EVEN),
     Case(
-        "nsa(block=2,k=2,window=3,span=2,stride=2,first=0,local=1,projections=site)",
+        small("block=2,k=2,window=3,span=2,stride=2,first=0,local=1,projections=site"),
         nsa(2, 2, 3, 2, 2, "printed", **ONE),
         EVEN,
         scale=2.0,
     ),
     Case(
-        "nsa(block=4,k=1,window=1,span=2,stride=1,first=0,local=0,projections=site)",
+        small("block=4,k=1,window=1,span=2,stride=1,first=0,local=0,projections=site"),
         nsa(4, 1, 1, 2, 1, "printed", **FREE),
         TokenLayout(0, (4, 8)),
     ),
     Case(
-        "nsa(block=2,choice=shared,k=4,window=3,span=3,stride=1)",
+        small("block=2,choice=shared,k=4,window=3,span=3,stride=1"),
         nsa(2, 4, 3, 3, 1, shared=True),
         BOTH,
     ),
     Case(
-        "nsa(block=2,blocks=raster,k=4,window=3,span=2,stride=1)", nsa(2, 4, 3, raster=True), BOTH
+        small("block=2,blocks=raster,k=4,window=3,span=2,stride=1"), nsa(2, 4, 3, raster=True), BOTH
     ),
     Case(
-        "nsa(block=3,compress=mean,k=3,window=7,span=3)",
+        small("block=3,compress=mean,k=3,window=7,span=3"),
         nsa(3, 3, 7, 3, 2),
         TokenLayout(1, (5, 4), 2),
     ),
     Case(
-        "nsa(block=2,k=4,window=3,span=3)",
+        small("block=2,k=4,window=3,span=3"),
         nsa(2, 4, 3, 3, 2),
         BOTH,
         built=TokenLayout(1, (3, 5)),
     ),
     # no side is as long as a span
-    Case("nsa(block=2,k=4,window=3,span=6,stride=3)", nsa(2, 4, 3, 6, 3), built=EVEN),
-    Case("nsa(block=2,k=4,window=3,local=1,span=4)", nsa(2, 4, 3, 4, 2, local=1), BOTH),
-    Case("nsa(block=2,k=4,window=3,local=0,span=4)", nsa(2, 4, 3, 4, 2, local=0), DEEP, scale=0.3),
-    Case("nsa(block=2,k=4,window=3,local=3,span=2)", nsa(2, 4, 3, **SAME, local=3), TAIL),
-    Case("nsa(block=2,k=3,window=3,first=0,span=2)", nsa(2, 3, 3, **SAME, initial=0), BOTH),
-    Case("nsa(block=2,k=5,window=3,first=3,span=4)", nsa(2, 5, 3, 4, 2, initial=3), EVEN, 24),
+    Case(small("block=2,k=4,window=3,span=6,stride=3"), nsa(2, 4, 3, 6, 3), built=EVEN),
+    Case(small("block=2,k=4,window=3,local=1,span=4"), nsa(2, 4, 3, 4, 2, local=1), BOTH),
     Case(
-        "nsa(block=2,k=6,window=3,first=2,local=4,span=2)",
+        small("block=2,k=4,window=3,local=0,span=4"), nsa(2, 4, 3, 4, 2, local=0), DEEP, scale=0.3
+    ),
+    Case(small("block=2,k=4,window=3,local=3,span=2"), nsa(2, 4, 3, **SAME, local=3), TAIL),
+    Case(small("block=2,k=3,window=3,first=0,span=2"), nsa(2, 3, 3, **SAME, initial=0), BOTH),
+    Case(small("block=2,k=5,window=3,first=3,span=4"), nsa(2, 5, 3, 4, 2, initial=3), EVEN, 24),
+    Case(
+        small("block=2,k=6,window=3,first=2,local=4,span=2"),
         nsa(2, 6, 3, **SAME, initial=2, local=4),
         BOTH,
     ),
     Case(
-        "nsa(block=2,k=4,window=3,projections=site,compress=mean,span=2)",
+        small("block=2,k=4,window=3,projections=site,compress=mean,span=2"),
         nsa(2, 4, 3, **SAME, apart=False),
         BOTH,
         8,
@@ -349,7 +361,7 @@ CASES = [
         "constant",
     ),
     Case(
-        "nsa(block=2,k=4,window=3,projections=site,choice=shared,span=2)",
+        small("block=2,k=4,window=3,projections=site,choice=shared,span=2"),
         nsa(2, 4, 3, **SAME, shared=True, apart=False),
         TAIL,
         8,
@@ -357,48 +369,53 @@ CASES = [
         "constant",
     ),
     Case(
-        "nsa(block=2,k=3,window=3,compress=mean,first=0,local=0,span=2)",
+        small("block=2,k=3,window=3,compress=mean,first=0,local=0,span=2"),
         nsa(2, 3, 3, **SAME, initial=0, local=0),
         BOTH,
         scale=0.2,
         built=TokenLayout(1, (3, 5)),
     ),
     Case(
-        "nsa(block=2,k=2,window=3,first=0,local=1,projections=site,span=2)",
+        small("block=2,k=2,window=3,first=0,local=1,projections=site,span=2"),
         nsa(2, 2, 3, **SAME, **ONE),
     ),
     Case(
-        "nsa(block=2,k=3,window=5,first=0,local=1,projections=site,span=3,stride=1)",
+        small("block=2,k=3,window=5,first=0,local=1,projections=site,span=3,stride=1"),
         nsa(2, 3, 5, 3, 1, **ONE),
         TAIL,
         24,
     ),
     Case(
-        "nsa(block=2,k=1,window=3,first=0,local=1,projections=site,span=4)",
+        small("block=2,k=1,window=3,first=0,local=1,projections=site,span=4"),
         nsa(2, 1, 3, 4, 2, **ONE),
         EVEN,
         72,
     ),
     Case(
-        "nsa(block=2,blocks=raster,k=2,window=3,first=0,local=1,projections=site,span=2)",
+        small("block=2,blocks=raster,k=2,window=3,first=0,local=1,projections=site,span=2"),
         nsa(2, 2, 3, **SAME, raster=True, **ONE),
         BOTH,
         built=TokenLayout(1, (3, 5)),
     ),
     Case(
-        "nsa(block=2,choice=shared,compress=mean,k=3,first=0,local=0,window=3,projections=site,span=4)",
+        small(
+            "block=2,choice=shared,compress=mean,k=3,first=0,local=0,window=3,"
+            "projections=site,span=4"
+        ),
         nsa(2, 3, 3, 4, 2, shared=True, **FREE),
         TAIL,
     ),
     Case(
-        "nsa(block=2,blocks=raster,compress=mean,k=2,first=0,local=0,window=1,projections=site,"
-        "span=3)",
+        small(
+            "block=2,blocks=raster,compress=mean,k=2,first=0,local=0,window=1,projections=site,"
+            "span=3"
+        ),
         nsa(2, 2, 1, 3, 2, raster=True, **FREE),
         BARE,
         24,
     ),
     Case(
-        "nsa(block=2,compress=mean,k=2,first=0,local=0,window=3,projections=site,span=2)",
+        small("block=2,compress=mean,k=2,first=0,local=0,window=3,projections=site,span=2"),
         nsa(2, 2, 3, **SAME, **FREE),
         BOTH,
         8,
@@ -406,50 +423,53 @@ CASES = [
         "constant",
     ),
     Case(
-        "nsa(block=2,blocks=raster,k=2,window=3,first=2,local=0,compress=mean,projections=site,span=4)",
+        small(
+            "block=2,blocks=raster,k=2,window=3,first=2,local=0,compress=mean,"
+            "projections=site,span=4"
+        ),
         nsa(2, 2, 3, 4, 2, raster=True, initial=2, local=0, apart=False),
         BARE,
     ),
 ]
 
 #: nothing fixed, so that importance decides alone
-LONE = "nsa(block=2,k=2,window=3,span=2,stride=1,first=0,local=0)"
+LONE = small("block=2,k=2,window=3,span=2,stride=1,first=0,local=0")
 ALONE = {"initial": 0, "local": 0}
 
 #: a mechanism beside a formula that differs from its own in one detail
 NEAR_MISSES = {
-    "one block more": Case("nsa(block=2,k=4,window=3,span=2)", nsa(2, 5, 3, **SAME)),
+    "one block more": Case(small("block=2,k=4,window=3,span=2"), nsa(2, 5, 3, **SAME)),
     "own block not fixed": Case(
-        "nsa(block=2,k=2,window=3,first=0,local=1,span=2)",
+        small("block=2,k=2,window=3,first=0,local=1,span=2"),
         nsa(2, 2, 3, **SAME, initial=0, local=0),
         TAIL,
     ),
     "block before the own not fixed": Case(
-        "nsa(block=2,k=4,window=3,span=2)", nsa(2, 4, 3, **SAME, local=1), BOTH
+        small("block=2,k=4,window=3,span=2"), nsa(2, 4, 3, **SAME, local=1), BOTH
     ),
     "one more local block": Case(
-        "nsa(block=2,k=5,window=3,span=2)", nsa(2, 5, 3, **SAME, local=3), BOTH
+        small("block=2,k=5,window=3,span=2"), nsa(2, 5, 3, **SAME, local=3), BOTH
     ),
     "heads select together": Case(
-        "nsa(block=2,k=4,window=3,span=2)", nsa(2, 4, 3, **SAME, shared=True), TAIL
+        small("block=2,k=4,window=3,span=2"), nsa(2, 4, 3, **SAME, shared=True), TAIL
     ),
     "no positions in blocks": Case(
-        "nsa(block=2,k=4,window=3,span=2)", nsa(2, 4, 3, **SAME, positions=False)
+        small("block=2,k=4,window=3,span=2"), nsa(2, 4, 3, **SAME, positions=False)
     ),
     "selection without special tokens": Case(
-        "nsa(block=2,k=4,window=3,span=2)", nsa(2, 4, 3, **SAME, special=False)
+        small("block=2,k=4,window=3,span=2"), nsa(2, 4, 3, **SAME, special=False)
     ),
     "first block not fixed": Case(
-        "nsa(block=2,k=3,window=3,span=2)", nsa(2, 3, 3, **SAME, initial=0), BOTH
+        small("block=2,k=3,window=3,span=2"), nsa(2, 3, 3, **SAME, initial=0), BOTH
     ),
     "one more block fixed": Case(
-        "nsa(block=2,k=5,window=3,span=2)", nsa(2, 5, 3, **SAME, initial=2), EVEN
+        small("block=2,k=5,window=3,span=2"), nsa(2, 5, 3, **SAME, initial=2), EVEN
     ),
     "one projection for all branches": Case(
-        "nsa(block=2,k=4,window=3,span=2)", nsa(2, 4, 3, **SAME, apart=False)
+        small("block=2,k=4,window=3,span=2"), nsa(2, 4, 3, **SAME, apart=False)
     ),
     "special queries read a branch's projection": Case(
-        "nsa(block=2,k=4,window=3,span=2)", nsa(2, 4, 3, **SAME, plain_queries=False)
+        small("block=2,k=4,window=3,span=2"), nsa(2, 4, 3, **SAME, plain_queries=False)
     ),
     "compressed blocks side by side": Case(LONE, nsa(2, 2, 3, 2, 2, **ALONE), BOTH),
     "only compressed blocks within": Case(LONE, nsa(2, 2, 3, how="inside", **ALONE), BOTH),
