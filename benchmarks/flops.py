@@ -10,8 +10,10 @@ from timing import write_rows
 
 from mitaswap.mechanisms import MECHANISMS, mechanism
 from mitaswap.models import open_model
+from mitaswap.spec import Spec
 from mitaswap.studies._cost import body_flops, cores_cost
 from mitaswap.surgery import walk
+from mitaswap.tokens import TokenLayout
 
 #: what the paper prints, Tab. 2 and 3 (one digit; its InLine-DeiT-S is another backbone)
 PAPER = {
@@ -37,7 +39,8 @@ PAPER = {
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
-    specs = [str(mechanism(name).spec) for name in MECHANISMS.names()]
+    grid = TokenLayout(1, (14, 14))  # the defaults, or what is suggested where they exceed it
+    specs = [str(mechanism(Spec(name, cls.suggest(grid))).spec) for name, cls in MECHANISMS.items()]
     specs = list(dict.fromkeys([*specs, *(spec for _, spec in PAPER)]))
     table = Table(title="GMACs of one 224 px image (paper in brackets)")
     for column in ("attention", "DeiT-T", "its cores", "DeiT-S", "its cores"):
