@@ -156,7 +156,9 @@ class Mechanism(nn.Module):
 
     @classmethod
     def suggest(cls, layout: TokenLayout) -> dict[str, Value]:
-        """Options for a layout that the defaults do not fit; empty (the default) where they do."""
+        """Options for a layout that the defaults do not fit, or where they leave nothing to save;
+        empty (the default) elsewhere.
+        """
         return {}
 
     def build(self, site: SiteShape) -> None:

@@ -148,7 +148,7 @@ class Dsa(Mechanism):
 
     @classmethod
     def suggest(cls, layout: TokenLayout) -> dict[str, Value]:
-        fits = DsaOptions.k <= layout.tokens
+        fits = 2 * DsaOptions.k <= layout.tokens
         return {} if fits else {"k": (layout.tokens + 3) // 4}
 
     def build(self, site: SiteShape) -> None:

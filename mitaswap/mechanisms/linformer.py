@@ -77,7 +77,7 @@ class Linformer(Mechanism):
 
     @classmethod
     def suggest(cls, layout: TokenLayout) -> dict[str, Value]:
-        if min(layout.grid) >= 16:
+        if min(layout.grid) >= 16 and layout.patches >= 2 * LinformerOptions.n:
             return {}
         rows, columns = (min(7, (side + 1) // 2) for side in layout.grid)
         return {"n": rows * columns}

@@ -97,7 +97,7 @@ class Spark(Mechanism):
 
     @classmethod
     def suggest(cls, layout: TokenLayout) -> dict[str, Value]:
-        fits = SparkOptions.k <= layout.tokens
+        fits = 2 * SparkOptions.k <= layout.tokens
         return {} if fits else {"k": (layout.tokens + 3) // 4}
 
     def cost(self, site: SiteShape) -> Cost:
