@@ -23,8 +23,10 @@ from mitaswap.spec import Recipe, Spec
 from mitaswap.surgery import Site, ask, swap, walk
 
 _MOST = 4096  # images that a search for the best batch tries
-_GAIN = 1.02  # of images/s that counts as better
-_CALLS = 5  # timed calls for one batch size of the search, of which the median counts
+_GAIN = 1.01  # of images/s that counts as better
+#: calls for one batch size of the search, at least, and seconds that they take, as clocks are higher
+#: after a pause: the median of the later half counts
+_CALLS, _SECONDS = 6, 0.3
 
 
 @dataclass(frozen=True)
@@ -200,17 +202,18 @@ def _best_near(start: int, network: Network, size: tuple[int, int], like: Settin
 def _rate(
     network: Network, batch: int, size: tuple[int, int], like: Setting, compiled: bool = False
 ) -> float:
-    """Images/s, median of a few calls."""
+    """Images/s, once clocks have settled."""
     images = _images(network, batch, size, like)
     run = model_run(network, images, like.backward, compiled, f"batch_{batch}")
-    seconds = []
-    for _ in range(_CALLS + 1):
-        _wait(like.device)
+    run()  # compiles
+    _wait(like.device)
+    seconds: list[float] = []
+    while len(seconds) < _CALLS or sum(seconds) < _SECONDS:
         start = time.perf_counter()
         run()
         _wait(like.device)
         seconds.append(time.perf_counter() - start)
-    return batch / median(seconds[1:])
+    return batch / median(seconds[len(seconds) // 2 :])
 
 
 def _wait(device: torch.device) -> None:
