@@ -48,6 +48,7 @@ CASES = [
     Case("mita(m=32,k=1,pool=4x8)", TokenLayout(0, (8, 8))),
     Case("mita(m=1,k=32)", TokenLayout(1, (5, 9)), BF16),
     Case("mita(m=1,k=3)", TokenLayout(0, (1, 3))),
+    Case("mita(m=12,k=9,pool=4x3)", TokenLayout(0, (5, 3))),
     Case("mita(m=4,k=6,landmark_tokens=released)", TokenLayout(1, (6, 6))),
     Case("mita(m=30,k=32,pool=5x6)", TokenLayout(1, (15, 16), 15), BF16),
 ]

@@ -24,24 +24,30 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) mita_head(
     SHARED_MEMORY(memory);
     const Thread my(memory);
     const int b = blockIdx.x / H, h = blockIdx.x % H;
+    // asked for first, lest they wait behind all rows
+    const uint4 bits = ask16(&windows.bits[my.mt][my.lane]);
+    const float2 half_share = ask8(&windows.half_share[my.mt][my.lane]);
     copy_rows(my, 0, q + (long long)b * sqb + (long long)h * sqh, sqn);
     copy_rows(my, KEYS, k + (long long)b * skb + (long long)h * skh, skn);
     copy_rows(my, VALUES, v + (long long)b * svb + (long long)h * svh, svn);
-    pool(my, marks, exact);  // waits for q
+    pool(my, bits, half_share, marks, exact);  // waits for q
     wait<1>();
     __syncthreads();  // landmarks and k
     score(my);
-    choose_experts(my, route);
-    wait<0>();
-    __syncthreads();  // scores, routes and v
+    __syncthreads();  // scores
     const float factor = fmaxf(scale * LOG2E, 1e-30f);
-    choose_keys(my, factor, members, probe_lse);
-    sort_queries(my, starts, order);
-    __syncthreads();  // softmax of the scores, lists of keys and of queries
-    if (SHARED) {
-        read_values(my, values);
-        __syncthreads();  // V~
+    Shares shares = {};
+    choose_experts(my, fmaxf(again * LOG2E, 1e-30f), route, shares);
+    if (my.warp < WARPS - 1) {
+        arrive<THREADS>();
+    } else {
+        await<THREADS>();  // routes
+        sort_queries(my, starts, order);
     }
-    attend(my, out + (long long)b * sob + (long long)h * soh, son, lse, factor,
-           fmaxf(again * LOG2E, 1e-30f));
+    choose_keys(my, factor, members, probe_lse);
+    wait<0>();
+    __syncthreads();  // v, softmax of the scores, lists of keys and of queries
+    attend(my, factor, values);
+    __syncthreads();  // V~, what routed experts gave
+    finish(my, shares, out + (long long)b * sob + (long long)h * soh, son, lse);
 }

@@ -21,7 +21,7 @@ def shared_bytes(tokens: int, m: int, dtype: torch.dtype) -> int:
     """Shared memory of a block: BYTES of `mita_head.cu`."""
     terms = 3 if dtype == torch.bfloat16 else 2  # of a landmark, as in `split`
     rows = ceil(tokens, 16) * 16
-    scores = m * (rows + 8) * 4
+    scores = m * max(40, rows + 8) * 4
     return 3 * rows * 128 + scores + terms * 32 * 128 + m * 32 + 2 * 256 + 2 * 128 + 52 * 4
 
 

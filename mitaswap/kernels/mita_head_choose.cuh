@@ -95,35 +95,51 @@ __device__ __forceinline__ u32 largest(
     return chosen;
 }
 
-// Of the lists of four experts, with `count` keys each (a lane of each 8 has its own), all but the
-// K with the largest scores drop out, of equals the last.
-__device__ __forceinline__ void shorten(const Thread& my, int count) {
-    int keys[4], at[4], counts[4], most = 0;
-    bool kept[4];
-#pragma unroll
-    for (int r = 0; r < 4; r++) {  // a list at a time, an entry a lane
-        const int e = min(4 * my.warp + r, M - 1);
-        counts[r] = __shfl_sync(LANES, count, 8 * r);
-        most = max(most, counts[r]);
-        at[r] = my.lane < counts[r] ? my.list(e)[my.lane] : 0;
-        kept[r] = my.lane < counts[r];
-        keys[r] = kept[r] ? order_key(my.scores(e)[at[r]]) : 0x7fffffff;
+// Of a list of MOST keys or fewer, K remain: those with the largest scores, of equals the first. Lane
+// j of 8 has positions 4 j + i of `count`; which of its own remain is bit i.
+__device__ __noinline__ u32 surely_remain(const float* scores, const u8* at, int count, int lane) {
+    constexpr int gone = 0x7fffffff;
+    const int j = lane & 7;
+    int keys[4], places[4];
+    for (int i = 0; i < 4; i++) {
+        const bool there = 4 * j + i < count;
+        places[i] = there ? at[4 * j + i] : 0;
+        keys[i] = there ? min(order_key(scores[4 * j + i]), gone - 1) : gone;
     }
-    for (int i = most; i > K; i--)
+    for (int over = count - K; __ballot_sync(LANES, over > 0); over--) {
+        int least = min(min(keys[0], keys[1]), min(keys[2], keys[3])), last = -1;
 #pragma unroll
-        for (int r = 0; r < 4; r++) {
-            const int least = __reduce_min_sync(LANES, keys[r]);
-            const int last = __reduce_max_sync(LANES, kept[r] && keys[r] == least ? at[r] : -1);
-            if (counts[r] >= i && kept[r] && at[r] == last) kept[r] = false, keys[r] = 0x7fffffff;
-        }
-    __syncwarp();
+        for (int l = 4; l; l >>= 1) least = min(least, __shfl_xor_sync(LANES, least, l));
+        for (int i = 0; i < 4; i++) last = max(last, keys[i] == least ? places[i] : -1);
 #pragma unroll
-    for (int r = 0; r < 4; r++) {
-        const u32 all = __ballot_sync(LANES, kept[r]);
-        const int to = __popc(all & ((1u << my.lane) - 1));
-        if (4 * my.warp + r < M && kept[r]) my.list(4 * my.warp + r)[to] = (u8)at[r];
+        for (int l = 4; l; l >>= 1) last = max(last, __shfl_xor_sync(LANES, last, l));
+        for (int i = 0; i < 4; i++)
+            if (over > 0 && keys[i] == least && places[i] == last) keys[i] = gone;
     }
-    __syncwarp();
+    u32 out = 0;
+    for (int i = 0; i < 4; i++) out |= (u32)(keys[i] < gone) << i;
+    return out;
+}
+
+// The same, by counting for each how many are larger; `remain` of them if equals are among them.
+__device__ __forceinline__ u32 remaining(const float* scores, const u8* at, int count, int lane) {
+    const int j = lane & 7;
+    const float4 own = ((const float4*)scores)[j];
+    const float x[4] = {own.x, own.y, own.z, own.w};
+    float larger[4] = {};
+#pragma unroll
+    for (int l = 0; l < MOST / 4; l++) {
+        const float4 others = ((const float4*)scores)[l];
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            larger[i] += (at_least(others.x, x[i]) + at_least(others.y, x[i])) +
+                         (at_least(others.z, x[i]) + at_least(others.w, x[i]));
+    }
+    u32 out = 0;
+#pragma unroll
+    for (int i = 0; i < 4; i++) out |= (u32)(larger[i] <= K && 4 * j + i < count) << i;
+    if (__ballot_sync(LANES, sum_of<8>(__popc(out)) != K)) out = surely_remain(scores, at, count, lane);
+    return out;
 }
 
 // The keys of four experts a warp, and, in the place of their scores, numerators of the softmax.
@@ -141,36 +157,54 @@ __device__ __forceinline__ void choose_keys(
     }
     peak = peak_of<8>(peak);
     u32 chosen = largest(x, my.scores(e), peak, my.lane);
-    // Listed in turn from each lane: as lanes differ in the last three bits of their positions, 8
-    // keys in a row hardly ever share banks.
-    int slot = 0;
-    const int many = __popc(chosen);
-#pragma unroll 8
-    for (int i = 0; i < EACH; i++) {
-        if (i % 8 == 0 && i && !__ballot_sync(LANES, chosen != 0)) break;
-        const u32 all = __ballot_sync(LANES, many > i) >> 8 * my.corner & 255;
-        const int to = slot + __popc(all & ((1 << my.eighth) - 1));
-        if (mine && many > i) my.list(e)[to] = (u8)(8 * (__ffs(chosen) - 1) + my.eighth);
-        slot += __popc(all);
-        chosen &= chosen - 1;
+    int position = sum_before<8>(__popc(chosen), my.lane);
+    const int count = __shfl_sync(LANES, position + __popc(chosen), my.lane | 7);
+    float* scores = my.scores(e);
+    u8* list = my.list(e);
+    __syncwarp();  // scores are read
+    if (mine) {
+        // those that are not there are less than all
+        ((float4*)scores)[my.eighth] = make_float4(-INFINITY, -INFINITY, -INFINITY, -INFINITY);
     }
     __syncwarp();
-    shorten(my, slot);
 #pragma unroll
-    for (int r = 0; r < 4; r++) {
-        const int of = 4 * my.warp + r;
-        if (of >= M) break;
-        if (SAVE && my.lane < K) members[(my.head * M + of) * K + my.lane] = my.list(of)[my.lane];
-        if (my.lane >= K) my.list(of)[my.lane] = my.list(of)[0];  // never counted
+    for (int i = 0; i < EACH; i++)
+        if (mine && chosen >> i & 1) {
+            list[position] = (u8)(8 * i + my.eighth);
+            scores[position] = x[i];
+            position++;
+        }
+    __syncwarp();
+    const u32 four = ((const u32*)list)[my.eighth];
+    const u32 remain = remaining(scores, list, count, my.lane);
+    __syncwarp();
+    // Listed by their last three bits, neighbours in different eights: keys of one eight hardly ever
+    // share banks. Rank r is the (r / KT)th of the (r % KT)th eight, 4 (r / KT) + r % KT in the list.
+    int rank = sum_before<8>(__popc(remain), my.lane);
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        if (remain >> i & 1) {
+            const int at = four >> 8 * i & 255;
+            if (mine) list[rank / KT * 4 + rank % KT] = (u8)at;
+            if (SAVE && mine) members[(my.head * M + e) * K + rank] = at;
+            rank++;
+        }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < 4; i++) {  // those that are too many are the first once more
+        if (i < KT && KT * 7 + i < K) continue;
+        const bool there = i < KT && KT * my.eighth + i < K;
+        if (mine && !there) list[4 * my.eighth + i] = list[i < KT ? i : 0];
     }
     if (!SHARED) return;
-    u16* weights = (u16*)my.scores(e) + my.eighth;
+    u16* weights = (u16*)scores + my.eighth;
+    const int other = (e >> 2 & 1) * 8;  // chunks change places, as rows 4 apart share banks
     float sum = 0.f;
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
         const float p = power_of_two(x[i] * factor - peak * factor);
         sum += p;
-        if (mine) weights[8 * i] = (u16)pack(p, 0.f);
+        if (mine) weights[8 * i + (i % 2 ? -other : other)] = (u16)pack(p, 0.f);
     }
     sum = sum_of<8>(sum);
     if (mine && my.eighth == 0) {
@@ -179,9 +213,8 @@ __device__ __forceinline__ void choose_keys(
     }
 }
 
-// The queries sorted by expert, by the last warp, and tiles of 16 of them.
+// The queries sorted by expert, by one warp, and tiles of 16 of them.
 __device__ __forceinline__ void sort_queries(const Thread& my, int* starts, int* order) {
-    if (my.warp != WARPS - 1) return;
     const int lane = my.lane;
     int* counts = my.counts();
     int rank[QUERIES];

@@ -5,17 +5,20 @@
 constexpr int N = TOKENS, NP = (N + 15) / 16 * 16;  // rows that exist are NP
 constexpr int WARPS = 8, THREADS = 32 * WARPS;
 constexpr int D = 64, ROW = 2 * D;                  // bytes of a row
-constexpr int NS = NP + 8;                          // floats of a row of scores: 8 banks apart
+constexpr int NS = NP < 32 ? 40 : NP + 8;           // floats of a row of scores: 8 banks apart
 constexpr int TERMS = BF16 ? 3 : 2;                 // of a landmark: `split` in mita_parts.py
+constexpr int TURNS = (NP / 16 + WARPS - 1) / WARPS;  // tiles of 16 queries a warp
 constexpr int MT = (M + 7) / 8, KT = (K + 7) / 8;   // tiles of landmarks, of an expert's keys
+constexpr u32 ONES = BF16 ? 0x3f803f80 : 0x3c003c00;  // two halves
 constexpr float LOG2E = 1.4426950408889634f;
 
 // shared memory, in bytes: q, then
 constexpr int KEYS = NP * ROW, VALUES = 2 * KEYS;
 constexpr int MARKS = 3 * KEYS, TERM = 32 * ROW;     // landmarks, a term after the other
 constexpr int READ = MARKS + TERM;                   // V~, when the second terms are done with
+constexpr int SOFTMAX = MARKS;                       // float2 [NP], when the first ones are
 constexpr int SCORES = MARKS + TERMS * TERM;         // float32 [M, NS], later halves [M, NP]
-constexpr int LISTS = SCORES + M * NS * 4;           // keys of each expert, u8 [M, 32]
+constexpr int LISTS = SCORES + M * NS * 4;           // keys of each expert, u8 [M, 8, 4]
 constexpr int ROUTES = LISTS + M * 32;               // expert of each query, u8
 constexpr int SORTED = ROUTES + 256;                 // queries sorted by expert, u8
 constexpr int SUMS = SORTED + 256, COUNTS = SUMS + 128;
@@ -42,6 +45,7 @@ struct Thread {
         head = blockIdx.x;
     }
     __device__ float* scores(int e) const { return (float*)(memory + SCORES) + e * NS; }
+    __device__ float2* softmax() const { return (float2*)(memory + SOFTMAX); }
     __device__ float* sums() const { return (float*)(memory + SUMS); }
     __device__ u8* list(int e) const { return (u8*)(memory + LISTS) + 32 * e; }
     __device__ u8* routes() const { return (u8*)(memory + ROUTES); }
@@ -54,6 +58,13 @@ struct Thread {
 // Chunk c ^ d lies at the place ^ 16 d.
 __device__ __forceinline__ Place chunk(Place rows, int row, int c) {
     return rows + row * ROW + ((c ^ (row & 7)) << 4);
+}
+
+// The place of chunk 0 of row `byte` of `four`, in few instructions.
+__device__ __forceinline__ Place chunk_0(Place rows, u32 four, int byte) {
+    const u32 row = byte ? four >> (8 * byte - 7) : four << 7;
+    const u32 last = byte ? four >> (8 * byte - 4) : four << 4;
+    return rows + ((row & 255 << 7) | (last & 7 << 4));
 }
 
 __device__ __forceinline__ void clear(Place row) { put16(row, make_uint4(0, 0, 0, 0)); }

@@ -23,12 +23,37 @@ __device__ __forceinline__ void copy16(Place to, const void* from, bool ok) {
                  ::"r"(to), "l"(from), "r"(ok ? 16 : 0) : "memory");
 }
 
+// constants from memory, loaded where this stands
+__device__ __forceinline__ uint4 ask16(const uint4* from) {
+    uint4 x;
+    asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(from));
+    return x;
+}
+
+__device__ __forceinline__ float2 ask8(const float2* from) {
+    float2 x;
+    asm volatile("ld.global.nc.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "l"(from));
+    return x;
+}
+
 __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // until all but the last `left` groups of copies are there, for this thread
 template <int left>
 __device__ __forceinline__ void wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(left) : "memory");
+}
+
+// a second barrier, of `all` threads: some arrive and go on, others wait for all
+template <int all>
+__device__ __forceinline__ void arrive() {
+    asm volatile("bar.arrive 1, %0;" ::"n"(all) : "memory");
+}
+
+template <int all>
+__device__ __forceinline__ void await() {
+    asm volatile("bar.sync 1, %0;" ::"n"(all) : "memory");
 }
 
 __device__ __forceinline__ void put(Place to, u32 x) {
@@ -57,6 +82,19 @@ __device__ __forceinline__ void load4(u32 (&r)[4], Place row) {
 __device__ __forceinline__ void load4t(u32 (&r)[4], Place row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(row) : "memory");
+}
+
+// four tiles of 8 x 8 halves, as load4 reads them, into the rows that lanes give
+__device__ __forceinline__ void store4(Place row, const u32 (&r)[4]) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
+                 ::"r"(row), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
+#else
+    const int lane = threadIdx.x & 31;
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        put(__shfl_sync(LANES, row, 8 * i + lane / 4) + lane % 4 * 4, r[i]);
+#endif
 }
 
 // c [16, 8] += a [16, 16] b [16, 8], float32 sums of products of halves

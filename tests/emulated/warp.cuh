@@ -29,8 +29,10 @@ typedef unsigned int u32;
 #define __launch_bounds__(...)
 
 struct float2 { float x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
 struct alignas(16) uint4 { u32 x, y, z, w; };
 inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 using std::max;
 using std::min;
@@ -50,8 +52,8 @@ struct Block {
     std::vector<char> done;
     std::vector<std::vector<std::vector<Copy>>> copies;  // of each thread, by group
     ucontext_t home;
-    int arrived = 0;
-    long rounds = 0;
+    int arrived = 0, second = 0;
+    long rounds = 0, seconds = 0;
     int current = 0;
     void (*body)();
 };
@@ -69,6 +71,15 @@ inline void together(int& arrived, long& rounds, int all) {
 }
 
 inline void __syncthreads() { together(block.arrived, block.rounds, (int)block.fibers.size()); }
+template <int all>
+void arrive() {
+    if (++block.second == all) {
+        block.second = 0;
+        block.seconds++;
+    }
+}
+template <int all>
+void await() { together(block.second, block.seconds, all); }
 inline Warp& my_warp() { return block.warps[block.current / 32]; }
 inline int my_lane() { return block.current % 32; }
 inline void meet(int tag) {
@@ -146,6 +157,8 @@ inline Place place(const void* shared) { return (Place)shared; }
 inline void copy16(Place to, const void* from, bool ok) {
     block.copies[block.current].back().push_back({to, from, ok});
 }
+inline uint4 ask16(const uint4* from) { return *from; }
+inline float2 ask8(const float2* from) { return *from; }
 inline void put(Place to, u32 x) { *(u32*)to = x; }
 inline void put16(Place to, uint4 x) { *(uint4*)to = x; }
 inline uint4 get16(Place from) { return *(uint4*)from; }
@@ -186,6 +199,14 @@ inline u32 pack(float low, float high) { return rounded(low) | (u32)rounded(high
 inline float power_of_two(float x) { return std::exp2(x); }
 inline float root(float x) { return std::sqrt(x); }
 inline float log_two(float x) { return std::log2(x); }
+
+inline void store4(Place row, const u32 (&r)[4]) {
+    exchange([&](Slot& s) { s.row = (const void*)row; }, [&](Slot* s) {
+        int g = my_lane() / 4, t = my_lane() % 4;
+        for (int i = 0; i < 4; i++) *(u32*)((char*)s[8 * i + g].row + 4 * t) = r[i];
+        return 0;
+    });
+}
 
 inline void load(u32 (&r)[4], Place row, bool transposed) {
     exchange([&](Slot& s) { s.row = (const void*)row; }, [&](Slot* s) {
@@ -259,7 +280,7 @@ inline void run(int blocks, int threads, int bytes, void (*body)()) {
             std::shuffle(order.begin(), order.end(), random);
             for (int warp : order)
                 for (bool moved = true; moved; quiet = quiet && !moved) {
-                    const long before = block.warps[warp].rounds + block.rounds;
+                    const long before = block.warps[warp].rounds + block.rounds + block.seconds;
                     int ended = 0;
                     std::shuffle(lanes.begin(), lanes.end(), random);
                     for (int lane : lanes) {
@@ -270,7 +291,7 @@ inline void run(int blocks, int threads, int bytes, void (*body)()) {
                         ended += block.done[j];
                     }
                     left -= ended;
-                    moved = ended || before != block.warps[warp].rounds + block.rounds;
+                    moved = ended || before != block.warps[warp].rounds + block.rounds + block.seconds;
                 }
             if (quiet) {
                 std::fprintf(stderr, "threads wait for others that never come\n");
