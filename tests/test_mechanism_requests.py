@@ -37,6 +37,7 @@ from mitaswap.mechanisms import (
     SiteShape,
     learned_numbers,
 )
+from mitaswap.mechanisms.nsa import NsaOptions
 from mitaswap.studies._groups import GROUPS
 
 # ------------------------------------------------------------------------------------------- errors
@@ -686,6 +687,37 @@ def test_defaults_fit_or_a_fitting_set_is_suggested(name: str) -> None:
             with pytest.raises(MitaswapError) as told:
                 mechanism(name).fit(layout, 16)
             assert str(told.value) == f"{error}; for {layout} there is {fits.spec}"
+
+
+def test_what_fits_keeps_what_was_chosen_and_what_is_around() -> None:
+    layout = TokenLayout(1, (14, 14))
+    for spec, fits in {
+        "dsa(index_dim=64)+dwc+gate": "dsa(k=50,index_dim=64)+dwc+gate",
+        "nsa(first=0,local=1)": "nsa(block=4,k=6,window=5,blocks=windows,span=3,stride=2,first=0,"
+        "local=1)",
+    }.items():
+        for ask in (mechanism(spec).fit, lambda a, d, s=spec: mechanism(s).attach(
+            SiteShape(3, d, a))):  # fmt: skip
+            with pytest.raises(MitaswapError) as error:
+                ask(layout, 64)
+            assert str(error.value).endswith(f"; for {layout} there is {fits}")
+        mechanism(fits).check_site(SiteShape(3, 64, layout))
+    for spec in ("spark+dwc(kernel=4)", "spark(k=198)", "nsa(window=4)"):
+        with pytest.raises(MitaswapError) as error:  # others are to blame
+            mechanism(spec).fit(layout, 64)
+        assert "there is" not in str(error.value)
+
+
+@pytest.mark.parametrize("side", [14, 16, 24, 32, 33, 45, 48])
+def test_suggested_sizes_read_less_than_half_of_the_tokens(side: int) -> None:
+    layout = TokenLayout(1, (side, side))
+    for name, option in {"spark": "k", "dsa": "k", "linformer": "n"}.items():
+        options = mechanism(Spec(name, MECHANISMS.get(name).suggest(layout))).options
+        assert 2 * getattr(options, option) <= layout.tokens
+    o = mechanism(Spec("nsa", MECHANISMS.get("nsa").suggest(layout))).options
+    assert isinstance(o, NsaOptions)
+    read = o.k * o.block**2 + o.window**2 + layout.patches // o.stride**2
+    assert read < layout.patches and (side < 24 or 2 * read <= layout.patches)
 
 
 @each

@@ -24,8 +24,8 @@ from mitaswap.surgery import Site, ask, swap, walk
 
 _MOST = 4096  # images that a search for the best batch tries
 _GAIN = 1.01  # of images/s that counts as better
-#: calls for one batch size of the search, at least, and seconds that they take, as clocks are higher
-#: after a pause: the median of the later half counts
+#: calls for one batch size of the search, at least, and seconds that they take: clocks are higher
+#: after a pause, so the median of the later half counts
 _CALLS, _SECONDS = 6, 0.3
 
 

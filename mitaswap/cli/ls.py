@@ -151,8 +151,8 @@ def _part(part: Mechanism) -> None:
         limits = "\n".join(f"{spec} is {limit}" for spec, limit in cls.limits) or "none"
         card = [(f.name.replace("_", " "), getattr(cls.card, f.name)) for f in fields(cls.card)]
         papers = [("the paper's", cls.paper)] if cls.paper else []
-        small = cls.suggest(TokenLayout(1, (14, 14)))  # where the defaults are for longer sequences
-        papers += [("at 14x14 patches", str(Spec(cls.name, small)))] if small else []
+        small = part.fitting(TokenLayout(1, (14, 14)), 64)  # defaults are for longer sequences
+        papers += [("at 14x14 patches", str(small.spec))] if small else []
         about = [*card, *about, *papers, ("limits", limits), *_reading(part, own), *_cost(part)]
     out.print(f"+{cls.name}" if inner else cls.name, style="bold", markup=False)
     out.print(_flowing(cls.__doc__ or ""), markup=False, highlight=False)

@@ -125,7 +125,7 @@ class Mechanism(nn.Module):
         self.fit(site.layout, site.head_dim)
 
     def fit(self, layout: TokenLayout, head_dim: int) -> None:
-        """`check`, whose error also says which options fit, where those it minds were not chosen.
+        """`check`, whose error also says what fits, where defaults are to blame.
 
         Raises:
             MitaswapError: these options cannot work on `layout`.
@@ -133,22 +133,27 @@ class Mechanism(nn.Module):
         try:
             self.check(layout, head_dim)
         except MitaswapError as error:
-            fits = self._fitting(layout, head_dim)
-            raise MitaswapError(f"{error}{fits and f'; for {layout} there is {fits}'}") from None
+            other = self.fitting(layout, head_dim)
+            there = f"; for {layout} there is {other.spec}" if other else ""
+            raise MitaswapError(f"{error}{there}") from None
 
-    def _fitting(self, layout: TokenLayout, head_dim: int) -> str:
-        """These options with others in the place of defaults that do not fit; empty if none do."""
+    def fitting(self, layout: TokenLayout, head_dim: int) -> Mechanism | None:
+        """The same with the options that `suggest` has for a layout, where these are at their
+        defaults; None if that changes nothing, or does not fit either.
+        """
         left = {e.name for e in self._fields if getattr(self.options, e.name) == e.default}
         found: dict[str, Any] = self.suggest(layout)
         found = {name: value for name, value in found.items() if name in left}
         if not found:
-            return ""
-        other = type(self)(replace(self.options, **found))
+            return None
+        return type(self)(replace(self.options, **found))._if_it_fits(layout, head_dim)
+
+    def _if_it_fits(self, layout: TokenLayout, head_dim: int) -> Mechanism | None:
         try:
-            other.check(layout, head_dim)
+            self.check(layout, head_dim)
         except MitaswapError:
-            return ""
-        return str(other.spec)
+            return None
+        return self
 
     def _built(self, layout: TokenLayout) -> TokenLayout:
         """The layout that learned parts were created for; `layout` if there are none yet."""

@@ -24,9 +24,9 @@ class Card:
         source: paper, year and equation.
         cost: order of the operations for N tokens, as a formula.
         untrained: what a model trained with softmax attention is after conversion, before any
-            training: `usable` where a fresh module with its default options is clearly nearer to
-            softmax attention than the mean of the values is (a law of the test suite measures it),
-            `needs finetuning` otherwise.
+            training: `usable` where a fresh module with its default options, or those suggested
+            for 14 x 14 patches, is clearly nearer to softmax attention than the mean of the values
+            is (a law of the test suite measures it), `needs finetuning` otherwise.
     """
 
     strategy: str

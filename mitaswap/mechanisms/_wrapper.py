@@ -86,17 +86,22 @@ class Wrapper(Mechanism):
         return self.inner.routes
 
     def check(self, layout: TokenLayout, head_dim: int) -> None:
-        self.inner.fit(layout, head_dim)
+        self.inner.check(layout, head_dim)
 
     def check_site(self, site: SiteShape) -> None:
+        super().check_site(site)  # which knows what is around, in what it suggests
         self.inner.check_site(site)
-        super().check_site(site)
+
+    def fitting(self, layout: TokenLayout, head_dim: int) -> Mechanism | None:
+        inner = self.inner.fitting(layout, head_dim)
+        return inner and type(self)(inner, self.options)._if_it_fits(layout, head_dim)
 
     def check_kernel(self, site: SiteShape, device: torch.device, dtype: torch.dtype) -> None:
         self.inner.check_kernel(site, device, dtype)
 
     def attach(self, site: SiteShape) -> None:
         if self.site is None:
+            self.check_site(site)
             self.inner.attach(site)
         super().attach(site)
 

@@ -48,8 +48,8 @@ class NsaOptions(Options):
     Args:
         block: side of the selected blocks, of block * block patches, l' in the paper (64 tokens).
         k: blocks that each query selects.
-        window: side of the neighbourhood around each query, an odd number (the paper's window of
-            512 tokens: here 23 * 23).
+        window: side of the neighbourhood around each query, an odd number (the paper's window are
+            the last 512 tokens; here 23 * 23, half of them behind).
         blocks: `raster`: runs of block * block patches in raster order, compressed ones of span *
             span, stride * stride apart, and a neighbourhood of window * window patches, before and
             behind; or all of them square `windows` of the grid.
@@ -186,7 +186,8 @@ class Nsa(Mechanism):
     @classmethod
     def suggest(cls, layout: TokenLayout) -> dict[str, Value]:
         o = NsaOptions
-        if layout.patches > o.k * o.block**2:
+        read = o.k * o.block**2 + o.window**2 + layout.patches // o.stride**2
+        if layout.patches >= 2 * read:
             return {}
         many, few = (math.prod(-(-n // side) for n in layout.grid) for side in (4, 2))
         if many > 6:

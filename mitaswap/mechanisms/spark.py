@@ -92,7 +92,8 @@ class Spark(Mechanism):
 
     def check(self, layout: TokenLayout, head_dim: int) -> None:
         k, r, tokens = self.options.k, self.options.r, layout.tokens
-        in_range(self, "k", k, 1, tokens, f"tokens (tokens {layout})")
+        if self.site is None:  # once it is settled, k follows the image
+            in_range(self, "k", k, 1, tokens, f"tokens (tokens {layout})")
         in_range(self, "r", r, 0, head_dim, "features of a head (0 is half of them)")
 
     @classmethod
@@ -101,7 +102,8 @@ class Spark(Mechanism):
         return {} if fits else {"k": (layout.tokens + 3) // 4}
 
     def cost(self, site: SiteShape) -> Cost:
-        n, k, r = site.layout.tokens, self.options.k, self._width(site.head_dim)
+        n, r = site.layout.tokens, self._width(site.head_dim)
+        k = min(self.options.k, n)
         dims = site.head_dim - r + site.value_dim
         flops = product_flops(n, r, n) + product_flops(n, k, dims)
         # the reference makes whole rows of scores, and masks those that were not kept
@@ -112,7 +114,8 @@ class Spark(Mechanism):
 
     def _dropped(self, scores: Tensor) -> Tensor:
         """Which keys a query does not read, bool, from the predicted scores [B, H, rows, N]."""
-        k, tokens, scores = self.options.k, scores.shape[-1], scores.detach()
+        tokens, scores = scores.shape[-1], scores.detach()
+        k = min(self.options.k, tokens)
         if k == tokens:
             return torch.zeros_like(scores, dtype=torch.bool)
         if self.options.select == "exact":

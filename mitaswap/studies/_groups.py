@@ -13,8 +13,8 @@ from mitaswap.studies._workbench import Workbench
 logger = logging.getLogger(__name__)
 
 
-#: name of a group -> whether a mechanism, by its default options, is in it: every one; those that
-#: approximate softmax attention without training; those that learn nothing; and these two together
+#: name of a group -> whether a mechanism is in it: every one; those that approximate softmax
+#: attention without training; those that learn nothing; and these two together
 GROUPS: dict[str, Callable[[str], bool]] = {
     "all": lambda name: True,
     "usable": lambda name: MECHANISMS.get(name).card.untrained == "usable",

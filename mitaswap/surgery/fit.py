@@ -4,6 +4,8 @@ swap before a network is touched.
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,6 +17,8 @@ from mitaswap.mechanisms import MECHANISMS, Mechanism, SiteShape, mechanism
 from mitaswap.spec import Recipe, Spec
 from mitaswap.surgery.sites import Site
 from mitaswap.tokens import TokenLayout
+
+logger = logging.getLogger(__name__)
 
 
 def assign(model: nn.Module, recipe: Recipe, sites: Sequence[Site]) -> list[tuple[Site, Spec]]:
@@ -128,11 +132,23 @@ def fit(
     try:
         if weight is not None:
             part.check_kernel(shape, weight.device, weight.dtype)
+        smaller = part.fitting(site.layout, site.head_dim)
         part.attach(equal.setdefault(shape, shape))
         part.fit(site.layout, site.head_dim)
     except MitaswapError as error:
         raise SwapError(f"{site.path}: {error}") from None
+    if smaller:
+        _nothing_saved(part.spec, site.layout, smaller.spec)
     return part
+
+
+@functools.cache
+def _nothing_saved(spec: Spec, layout: TokenLayout, smaller: Spec) -> None:
+    """A word, once: defaults for long sequences can fit, and be softmax attention or cost more."""
+    logger.warning(
+        "%s fits %s, but reads half of the tokens or more, or all; %s is of a size for them",
+        spec, layout, smaller,
+    )  # fmt: skip
 
 
 def without_projections(site: Site, part: Mechanism) -> SwapError:
