@@ -401,8 +401,8 @@ def test_the_best_batch_is_searched(
 @pytest.mark.parametrize(
     ("rates", "best"),
     [
-        ({4: 10.0, 8: 12.0, 16: 12.1, 2: 99.0}, 8),  # up while it gains 2%, and not down then
-        ({4: 10.0, 8: 10.1, 2: 11.0, 1: 12.0}, 1),
+        ({4: 10.0, 8: 12.0, 16: 12.1, 2: 99.0}, 8),  # up while it gains 1%, and not down then
+        ({4: 10.0, 8: 10.05, 2: 11.0, 1: 12.0}, 1),
         ({4: 10.0, 8: 9.0, 2: 9.0}, 4),
         ({4: 10.0, 2: 9.0}, 4),  # 8 does not fit
         ({8: 1.0}, 8),  # 4 does not compile: its time will say so, or 8 runs

@@ -51,6 +51,11 @@ CASES = [
     Case("mita(m=12,k=9,pool=4x3)", TokenLayout(0, (5, 3))),
     Case("mita(m=4,k=6,landmark_tokens=released)", TokenLayout(1, (6, 6))),
     Case("mita(m=30,k=32,pool=5x6)", TokenLayout(1, (15, 16), 15), BF16),
+    # rows, tiles and warps that are just full, and just not
+    Case("mita(m=16,k=16)", TokenLayout(0, (4, 4))),
+    Case("mita(m=16,k=24)", TokenLayout(1, (4, 8))),
+    Case("mita(m=20,k=19,pool=4x5,variant=route-only)", TokenLayout(1, (8, 16)), BF16),
+    Case("mita(m=28,k=8,pool=4x7)", TokenLayout(0, (16, 16))),
 ]
 
 
@@ -76,9 +81,14 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[object, ctypes.CDLL]
 def library(built: dict, fixed: tuple[tuple[str, int], ...]) -> ctypes.CDLL:  # type: ignore[type-arg]
     if fixed not in built:
         to = built["folder"] / f"{len(built)}.so"
-        command = ["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", f"-I{EMULATED}"]
-        command += [f"-I{KERNELS}", *(f"-D{key}={value}" for key, value in fixed)]
-        subprocess.run([*command, str(EMULATED / "launch.cpp"), "-o", str(to)], check=True)
+        command = ["g++", "-std=c++17", "-O1", "-g", "-w", "-fPIC", f"-I{EMULATED}"]
+        command += [f"-I{built.get('kernels', KERNELS)}"]
+        command += [f"-D{key}={value}" for key, value in fixed]
+        if built.get("races"):  # the compiler's calls, but not its library
+            command += ["-DRACES", "-fsanitize=thread"]
+        made = to.with_suffix(".o")
+        subprocess.run([*command, "-c", str(EMULATED / "launch.cpp"), "-o", str(made)], check=True)
+        subprocess.run(["g++", "-shared", str(made), "-ldl", "-o", str(to)], check=True)
         built[fixed] = ctypes.CDLL(str(to))
     return built[fixed]
 
@@ -125,7 +135,7 @@ def test_agrees_with_the_reference(case: Case, built: dict) -> None:  # type: ig
     exact = [x.double() for x in (q, k, v)]
     wanted = part(*exact, layout=case.layout)
     unit = UNIT[case.dtype]
-    # one rounding each of weights, V~, landmarks and the result
+    # one rounding each of weights, V~, what experts give, and the result
     assert (out.double() - wanted).norm() <= 4 * unit * wanted.norm()
     routing = part.route(*exact[:2], layout=case.layout, scale=64**-0.5)
     assert routing is not None
@@ -189,6 +199,73 @@ def test_the_largest_are_chosen_and_of_equals_the_first(
     _, saved = emulate(built, case, *one_landmark(case, scores))
     wanted = scores.double().sort(descending=True, stable=True)[1][:top]
     assert sorted(saved.members[0, 0].tolist()) == sorted(wanted.tolist())
+
+
+@needs_compiler
+@pytest.mark.parametrize("top", [5, 17, 31])
+def test_experts_of_one_warp_are_chosen_each_by_its_own_scores(top: int, built: dict) -> None:  # type: ignore[type-arg]
+    case = Case(f"mita(m=8,k={top},pool=2x4)", TokenLayout(0, (8, 12)))
+    q, k, v = (x[:1].clone() for x in inputs_of(case))
+    q.zero_()
+    k.zero_()
+    n = torch.arange(96)
+    windows = n // 12 // 4 * 4 + n % 12 // 3
+    q[0, 0, n, windows] = 1.0  # landmark e is the e-th unit vector
+    random = torch.Generator().manual_seed(2)
+    rows = [torch.zeros(96), torch.randn(96, generator=random), n // 40, torch.exp2(-(n % 24.0)),
+            -n, torch.where(n % 7 == 0, 5e4, -1.0), torch.randint(20, (96,), generator=random),
+            n % 9]  # fmt: skip
+    scores = torch.stack([row.to(F16) for row in rows])
+    k[0, 0, :, :8] = scores.T
+    _, saved = emulate(built, case, q, k, v)
+    wanted = scores.double().sort(descending=True, stable=True, dim=1)[1][:, :top]
+    assert torch.equal(saved.members[0].long().sort(1)[0], wanted.sort(1)[0])
+
+
+RACED = [
+    Case("mita(m=9,k=7)", TokenLayout(1, (6, 7)), BF16),
+    Case("mita(m=29,k=20,pool=29x1)", TokenLayout(0, (29, 2))),
+    Case("mita(m=12,k=30,variant=route-only)", TokenLayout(0, (7, 9))),
+]
+
+
+@needs_compiler
+@pytest.mark.parametrize("case", RACED, ids=lambda c: f"{c.spec} {c.layout} {c.dtype}")
+def test_all_accesses_to_shared_memory_are_in_order(case: Case, tmp_path: Path) -> None:
+    built = {"folder": tmp_path, "races": True}
+    emulate(built, case, *inputs_of(case))
+    assert_in_order(built)
+
+
+def assert_in_order(built: dict) -> None:  # type: ignore[type-arg]
+    for code in built.values():
+        if isinstance(code, ctypes.CDLL):
+            code.races.restype = ctypes.c_char_p
+            places = code.races().decode().split()
+            if places:
+                command = ["addr2line", "-i", "-e", code._name, *places]
+                found = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+                raise AssertionError(f"races in {sorted(set(found.split()))}")
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("file", "which"),
+    # without the seventh, lanes meet in different lines, which stops the emulation
+    [("choose", which) for which in range(9) if which != 6] + [("attend", 0), ("attend", 1)],
+)
+def test_a_missing_syncwarp_shows(file: str, which: int, tmp_path: Path) -> None:
+    shutil.copytree(KERNELS, tmp_path / "kernels")
+    path = tmp_path / "kernels" / f"mita_head_{file}.cuh"
+    parts = path.read_text().split("__syncwarp();")
+    built = {"folder": tmp_path, "races": True, "kernels": path.parent}
+    case = RACED[0]
+    path.write_text(
+        "__syncwarp();".join(parts[: which + 1]) + "__syncwarp();".join(parts[which + 1 :])
+    )
+    emulate(built, case, *inputs_of(case))
+    with pytest.raises(AssertionError, match=r"races in .*mita_head"):
+        assert_in_order(built)
 
 
 @needs_compiler

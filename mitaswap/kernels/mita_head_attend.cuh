@@ -62,6 +62,7 @@ __device__ __forceinline__ void attend(const Thread& my, float factor, u16* valu
     int i = my.warp;
     start.tile = my.tiles()[min(i, count - 1)];
     start.load(my);
+    next = start;
 #pragma unroll 1
     for (int turn = 1; i < count + (SHARED ? PARTS : 0); turn++, start = next) {
         const int now = i;

@@ -3,7 +3,7 @@
 #include <mita_head_parts.cuh>
 
 constexpr int EACH = NP / 8;   // scores that each of 8 lanes holds of a row
-constexpr int MOST = 32;       // keys that are first chosen, and then fewer
+constexpr int MOST = 32;       // so many keys at most are chosen first, then K of them
 constexpr int QUERIES = (N + 31) / 32;  // queries that a lane sorts
 
 // The K largest of a row of scores, of equals the first, as bits: lane j of 8 has keys j + 8 i. By

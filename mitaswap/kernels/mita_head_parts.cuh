@@ -16,8 +16,9 @@ constexpr float LOG2E = 1.4426950408889634f;
 constexpr int KEYS = NP * ROW, VALUES = 2 * KEYS;
 constexpr int MARKS = 3 * KEYS, TERM = 32 * ROW;     // landmarks, a term after the other
 constexpr int READ = MARKS + TERM;                   // V~, when the second terms are done with
-constexpr int SOFTMAX = MARKS;                       // float2 [NP], when the first ones are
-constexpr int SCORES = MARKS + TERMS * TERM;         // float32 [M, NS], later halves [M, NP]
+constexpr int SOFTMAX = MARKS;                       // float2 [NP], once routing has read the first ones
+// float32 [M, NS]; each row is later a list of 32 scores, and then NP halves
+constexpr int SCORES = MARKS + TERMS * TERM;
 constexpr int LISTS = SCORES + M * NS * 4;           // keys of each expert, u8 [M, 8, 4]
 constexpr int ROUTES = LISTS + M * 32;               // expert of each query, u8
 constexpr int SORTED = ROUTES + 256;                 // queries sorted by expert, u8
@@ -66,8 +67,6 @@ __device__ __forceinline__ Place chunk_0(Place rows, u32 four, int byte) {
     const u32 last = byte ? four >> (8 * byte - 4) : four << 4;
     return rows + ((row & 255 << 7) | (last & 7 << 4));
 }
-
-__device__ __forceinline__ void clear(Place row) { put16(row, make_uint4(0, 0, 0, 0)); }
 
 template <int lanes>
 __device__ __forceinline__ float peak_of(float x) {

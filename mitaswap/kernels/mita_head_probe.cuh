@@ -53,12 +53,7 @@ __device__ __forceinline__ void pool(
     const int g = my.g, t = my.t;
     wait<2>();
     __syncthreads();  // q
-    if (16 * my.mt >= M) {  // no landmarks: zeros, lest they are multiplied as anything
-#pragma unroll
-        for (int term = 0; term < TERMS; term++)
-            clear(chunk(my.here + MARKS + term * TERM, 16 + my.sub, 2 * my.pair + my.side));
-        return;
-    }
+    if (16 * my.mt >= M) return;
     float c[2][2][4] = {};  // sums over every other 16 tokens
 #pragma unroll
     for (int s = 0; s < NP / 16; s++) {
@@ -188,7 +183,8 @@ __device__ __forceinline__ void choose_experts(
         }
         if (!BF16 && term)
 #pragma unroll
-            for (int i = 0; i < TURNS * MT * 4; i++) (&products[0][0][0])[i] *= 1.f / 2048.f;
+            for (int i = 0; i < TURNS * MT * 4; i++)
+                products[i / 4 / MT][i / 4 % MT][i % 4] *= 1.f / 2048.f;
     }
 #pragma unroll
     for (int turn = 0; turn < TURNS; turn++) {
@@ -218,9 +214,9 @@ __device__ __forceinline__ void choose_experts(
                 my.routes()[n] = (u8)expert;
                 if (SAVE && n < N) route[my.head * N + n] = expert;
             }
-            if (!SHARED) continue;
+            if (SHARED) shares.top[turn][upper] = best * again;
 #pragma unroll
-            for (int j = 0; j < 4; j++) {
+            for (int j = 0; SHARED && j < 4; j++) {
                 float w[2] = {};
 #pragma unroll
                 for (int l = 0; l < 2; l++) {
@@ -231,7 +227,6 @@ __device__ __forceinline__ void choose_experts(
                 }
                 shares.weights[turn][j / 2][j % 2 * 2 + upper] = pack(w[0], w[1]);
             }
-            shares.top[turn][upper] = best * again;
         }
     }
 }

@@ -2,12 +2,11 @@
 // be tested on any machine. Each lane leaves what it has for its warp, and goes on when all have.
 // Warps run one after the other, in random order, each as far as it can; copies happen when they are
 // waited for; memory is poisoned: a missing barrier of the block, or wait, shows as a wrong result.
-// Within a warp a missing __syncwarp may not show.
+// With RACES defined (`races.h`), accesses without order show, also within a warp.
 #pragma once
 #include <ucontext.h>
 
 #include <algorithm>
-#include <climits>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -33,14 +32,13 @@ struct alignas(16) float4 { float x, y, z, w; };
 struct alignas(16) uint4 { u32 x, y, z, w; };
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 using std::max;
 using std::min;
 
 struct Index { int x; };
 static Index threadIdx, blockIdx;
 
-union Word { u32 u; int i; float f; };
+union Word { u32 u; int i; float f; uintptr_t place; };
 struct Slot { Word word; const void* row; u32 a[4], b[2]; };
 struct Warp { Slot slots[32]; int arrived = 0, tag = 0; long rounds = 0; };
 struct Copy { uintptr_t to; const void* from; bool ok; };
@@ -70,16 +68,37 @@ inline void together(int& arrived, long& rounds, int all) {
     while (rounds == round) yield();
 }
 
-inline void __syncthreads() { together(block.arrived, block.rounds, (int)block.fibers.size()); }
+#ifdef RACES
+inline int my_lane();
+#include "races.h"
+#else
+#define UNSEEN
+inline void ordered_by_block() {}
+inline void ordered_by_warp() {}
+inline void has_arrived() {}
+inline void has_awaited() {}
+inline void watch(char*, int) {}
+inline void unwatch() {}
+inline void touched(const void*, int, bool, void*) {}
+#endif
+
+inline void __syncthreads() {
+    together(block.arrived, block.rounds, (int)block.fibers.size());
+    ordered_by_block();
+}
 template <int all>
 void arrive() {
     if (++block.second == all) {
         block.second = 0;
         block.seconds++;
     }
+    has_arrived();
 }
 template <int all>
-void await() { together(block.second, block.seconds, all); }
+void await() {
+    together(block.second, block.seconds, all);
+    has_awaited();
+}
 inline Warp& my_warp() { return block.warps[block.current / 32]; }
 inline int my_lane() { return block.current % 32; }
 inline void meet(int tag) {
@@ -91,7 +110,10 @@ inline void meet(int tag) {
     warp.tag = tag;
     together(warp.arrived, warp.rounds, 32);
 }
-inline void __syncwarp() { meet(0); }
+inline void __syncwarp() {
+    meet(0);
+    ordered_by_warp();
+}
 
 // leave something, see what all have left, compute, and leave together
 template <class Leave, class See>
@@ -110,15 +132,14 @@ inline float __uint_as_float(u32 x) { Word w; w.u = x; return w.f; }
 inline float __int_as_float(int x) { Word w; w.i = x; return w.f; }
 inline int __float_as_int(float x) { Word w; w.f = x; return w.i; }
 inline int __popc(u32 x) { return __builtin_popcount(x); }
-inline int __ffs(int x) { return __builtin_ffs(x); }
 inline float __fdividef(float x, float by) { return x / by; }
 template <class T>
 T shuffle(T x, int from) {
-    u32 got = exchange([&](Slot& s) { s.word.u = bits_of(x); },
-                       [&](Slot* s) { return s[from].word.u; });
-    T out;
-    std::memcpy(&out, &got, 4);
-    return out;
+    return exchange([&](Slot& s) { std::memcpy(&s.word, &x, sizeof x); }, [&](Slot* s) {
+        T out;
+        std::memcpy(&out, &s[from].word, sizeof out);
+        return out;
+    });
 }
 template <class T>
 T __shfl_sync(u32, T x, int from) { return shuffle(x, from); }
@@ -127,16 +148,6 @@ T __shfl_xor_sync(u32, T x, int by) { return shuffle(x, my_lane() ^ by); }
 template <class T>
 T __shfl_up_sync(u32, T x, int by) { return shuffle(x, my_lane() >= by ? my_lane() - by : my_lane()); }
 
-template <class Join>
-int reduce(int x, Join join) {
-    return exchange([&](Slot& s) { s.word.i = x; }, [&](Slot* s) {
-        int out = s[0].word.i;
-        for (int i = 1; i < 32; i++) out = join(out, s[i].word.i);
-        return out;
-    });
-}
-inline int __reduce_min_sync(u32, int x) { return reduce(x, [](int a, int b) { return min(a, b); }); }
-inline int __reduce_max_sync(u32, int x) { return reduce(x, [](int a, int b) { return max(a, b); }); }
 inline u32 __match_any_sync(u32, int x) {
     return exchange([&](Slot& s) { s.word.i = x; }, [&](Slot* s) {
         u32 out = 0;
@@ -160,16 +171,17 @@ inline void copy16(Place to, const void* from, bool ok) {
 inline uint4 ask16(const uint4* from) { return *from; }
 inline float2 ask8(const float2* from) { return *from; }
 inline void put(Place to, u32 x) { *(u32*)to = x; }
-inline void put16(Place to, uint4 x) { *(uint4*)to = x; }
 inline uint4 get16(Place from) { return *(uint4*)from; }
 inline void commit() { block.copies[block.current].emplace_back(); }
 template <int left>
 void wait() {
     auto& groups = block.copies[block.current];  // the last is not committed
     for (size_t i = 0; i + left + 1 < groups.size(); i++) {
-        for (const Copy& x : groups[i])
+        for (const Copy& x : groups[i]) {
+            touched((void*)x.to, 16, true, __builtin_return_address(0));
             if (x.ok) std::memcpy((void*)x.to, x.from, 16);
             else std::memset((void*)x.to, 0, 16);
+        }
         groups[i].clear();
     }
 }
@@ -200,12 +212,16 @@ inline float power_of_two(float x) { return std::exp2(x); }
 inline float root(float x) { return std::sqrt(x); }
 inline float log_two(float x) { return std::log2(x); }
 
+// lanes may give one row several times, with equal values: that is no race
+UNSEEN inline bool holds(Place at, u32 x) { return *(u32*)at == x; }
+
+// as on devices without the instruction
 inline void store4(Place row, const u32 (&r)[4]) {
-    exchange([&](Slot& s) { s.row = (const void*)row; }, [&](Slot* s) {
-        int g = my_lane() / 4, t = my_lane() % 4;
-        for (int i = 0; i < 4; i++) *(u32*)((char*)s[8 * i + g].row + 4 * t) = r[i];
-        return 0;
-    });
+    const int lane = my_lane();
+    for (int i = 0; i < 4; i++) {
+        const Place at = shuffle(row, 8 * i + lane / 4) + lane % 4 * 4;
+        if (!holds(at, r[i])) put(at, r[i]);
+    }
 }
 
 inline void load(u32 (&r)[4], Place row, bool transposed) {
@@ -265,6 +281,7 @@ inline void run(int blocks, int threads, int bytes, void (*body)()) {
     for (int i = 0; i < 32; i++) lanes[i] = i;
     for (int i = 0; i < blocks; i++) {
         std::memset(block.memory, 0xff, bytes);  // NaN in any type
+        watch(block.memory, bytes);
         blockIdx.x = i;
         block.fibers.assign(threads, {});
         block.warps.assign(threads / 32, {});
@@ -299,5 +316,6 @@ inline void run(int blocks, int threads, int bytes, void (*body)()) {
             }
         }
     }
+    unwatch();
     std::free(block.memory);
 }
