@@ -81,11 +81,11 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[object, ctypes.CDLL]
 def library(built: dict, fixed: tuple[tuple[str, int], ...]) -> ctypes.CDLL:  # type: ignore[type-arg]
     if fixed not in built:
         to = built["folder"] / f"{len(built)}.so"
-        command = ["g++", "-std=c++17", "-O1", "-g", "-w", "-fPIC", f"-I{EMULATED}"]
+        command = ["g++", "-std=c++17", "-O1", "-w", "-fPIC", f"-I{EMULATED}"]
         command += [f"-I{built.get('kernels', KERNELS)}"]
         command += [f"-D{key}={value}" for key, value in fixed]
         if built.get("races"):  # the compiler's calls, but not its library
-            command += ["-DRACES", "-fsanitize=thread"]
+            command += ["-DRACES", "-g", "-fsanitize=thread"]
         made = to.with_suffix(".o")
         subprocess.run([*command, "-c", str(EMULATED / "launch.cpp"), "-o", str(made)], check=True)
         subprocess.run(["g++", "-shared", str(made), "-ldl", "-o", str(to)], check=True)
