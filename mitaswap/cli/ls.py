@@ -170,7 +170,7 @@ def _part(part: Mechanism) -> None:
 
 
 def _cost(part: Mechanism) -> list[tuple[str, str]]:
-    """What one attention core costs in DeiT-S at 224; nothing where it does not tell or fit."""
+    """What one attention core costs in a layer of DeiT-S; nothing where it does not tell or fit."""
     from mitaswap.mechanisms import mechanism, usual_site
 
     try:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import typing
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any, Literal
 
 from mitaswap.errors import MitaswapError, unknown
@@ -66,19 +67,15 @@ def usual_site(part: Mechanism, heads: int = 3) -> SiteShape:
     Raises:
         MitaswapError: it fits neither.
     """
-    site = SiteShape(heads, 64, TokenLayout(1, (14, 14)))
+    small, large = (SiteShape(heads, 64, TokenLayout(1, (side, side))) for side in (14, 64))
     try:
-        mechanism(part.spec).check_site(site)
-    except MitaswapError:
-        larger = replace(site, layout=TokenLayout(1, (64, 64)))
-        try:
-            mechanism(part.spec).check_site(larger)
-        except MitaswapError:
-            pass
-        else:
-            return larger
-        raise
-    return site
+        mechanism(part.spec).check_site(small)
+    except MitaswapError as error:
+        with contextlib.suppress(MitaswapError):
+            mechanism(part.spec).check_site(large)
+            return large
+        raise error
+    return small
 
 
 def learned_numbers(part: Mechanism, site: SiteShape | None = None) -> int:

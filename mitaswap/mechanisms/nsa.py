@@ -32,9 +32,8 @@ from mitaswap.tokens import TokenLayout
 
 #: for the 14 x 14 patches of a ViT, which the paper's sizes exceed
 _SMALL: dict[str, Value] = {
-    **{"block": 4, "k": 6, "span": 3, "stride": 2, "window": 5},
-    "blocks": "windows",
-}
+    "block": 4, "k": 6, "span": 3, "stride": 2, "window": 5, "blocks": "windows",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -48,8 +47,8 @@ class NsaOptions(Options):
     Args:
         block: side of the selected blocks, of block * block patches, l' in the paper (64 tokens).
         k: blocks that each query selects.
-        window: side of the neighbourhood around each query, an odd number (the paper's window are
-            the last 512 tokens; here 23 * 23, half of them behind).
+        window: side of the neighbourhood around each query, an odd number (the paper's are the
+            last 512 tokens; here 23 * 23, half of them behind).
         blocks: `raster`: runs of block * block patches in raster order, compressed ones of span *
             span, stride * stride apart, and a neighbourhood of window * window patches, before and
             behind; or all of them square `windows` of the grid.
@@ -189,6 +188,7 @@ class Nsa(Mechanism):
         read = o.k * o.block**2 + o.window**2 + layout.patches // o.stride**2
         if layout.patches >= 2 * read:
             return {}
+        # blocks of 4 x 4 and of 2 x 2 patches, for the 6 of them that _SMALL selects
         many, few = (math.prod(-(-n // side) for n in layout.grid) for side in (4, 2))
         if many > 6:
             return _SMALL

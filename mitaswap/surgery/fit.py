@@ -146,7 +146,7 @@ def fit(
 def _nothing_saved(spec: Spec, layout: TokenLayout, smaller: Spec) -> None:
     """A word, once: defaults for long sequences can fit, and be softmax attention or cost more."""
     logger.warning(
-        "%s fits %s, but reads half of the tokens or more, or all; %s is of a size for them",
+        "%s fits %s, but saves little or nothing there; %s is of a size for it",
         spec, layout, smaller,
     )  # fmt: skip
 
