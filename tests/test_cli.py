@@ -82,6 +82,26 @@ def test_ls_of_one_mechanism_tells_all_about_it(cli: Command) -> None:
         assert len(line.split()) > 4, line
 
 
+@pytest.mark.parametrize(
+    ("asked", "at", "fits"),
+    [
+        ("nsa", "1 + 64x64", "nsa(block=4,k=6,window=5,blocks=windows,span=3,stride=2)"),
+        ("spark", "1 + 64x64", "spark(k=50)"),
+        ("spark(r=9)+dwc", "1 + 64x64", "spark(k=50,r=9)"),
+        ("dsa(k=300)", "1 + 64x64", ""),
+        ("spark(k=9)", "1 + 14x14", ""),
+        ("mita", "1 + 14x14", ""),
+    ],
+)
+def test_ls_tells_what_fits_a_vit_and_where_its_numbers_are_from(
+    cli: Command, asked: str, at: str, fits: str
+) -> None:
+    shown = words(cli("ls", asked).out)
+    assert f"heads of 64 at {at} tokens" in shown
+    assert ("at 14x14 patches" in shown) == bool(fits)
+    assert fits.replace(",", "") in shown.replace(",", "").replace("= ", "=")
+
+
 @pytest.mark.parametrize("name", MECHANISMS.names())
 def test_ls_of_every_mechanism_has_its_equation_and_its_address(cli: Command, name: str) -> None:
     done = cli("ls", name)

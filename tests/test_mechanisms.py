@@ -280,6 +280,20 @@ def test_every_learned_part_learns(spec: str) -> None:
         assert x.grad is not None and x.grad.abs().max() > 0, name
 
 
+@pytest.mark.parametrize("spec", ["spark(k=40)", "spark(k=40,select=exact,gate=exp)", "dsa(k=40)"])
+def test_keys_per_query_follow_a_smaller_grid(spec: str) -> None:
+    """A network swapped at one size runs at a smaller one, where every key is read."""
+    part, layout = mechanism(spec), TokenLayout(1, (4, 5))
+    part.attach(SiteShape(3, 8, TokenLayout(1, (7, 7))))
+    tensors = draw(layout, dim=8)
+    out = attend(part, *tensors, layout)
+    all_keys = mechanism(Spec.parse(spec).with_options(k=layout.tokens))
+    same(out, attend(all_keys, *tensors, layout))
+    routing = part.route(*tensors[:2], layout=layout, scale=0.4)
+    assert routing is not None and (routing.members.sort(-1)[0][0, 0, 0] == torch.arange(21)).all()
+    assert part.cost(SiteShape(3, 8, layout)).flops > 0
+
+
 @pytest.mark.parametrize("spec", LEARNED)
 def test_learned_parts_follow_the_grid(spec: str) -> None:
     """Built for one image size, run at others, back at the first: nothing breaks or stays."""

@@ -5,6 +5,7 @@ what `walk` reports of each family.
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -33,7 +34,7 @@ import mitaswap
 from mitaswap import MitaswapError, TokenLayout
 from mitaswap.errors import SwapError
 from mitaswap.mechanisms import SiteShape
-from mitaswap.surgery import seam, swapped_sites, walk
+from mitaswap.surgery import fit, seam, swapped_sites, walk
 from mitaswap.surgery.interface import is_shadow
 
 
@@ -343,6 +344,21 @@ def test_learned_parts_of_another_grid_need_not_fit_as_if_they_were_new() -> Non
         mitaswap.swap(model, "linformer(n=49)", example=images(64, 96))
     with mitaswap.swap(model, "linformer(n=49)", example=images(64, 96), built=built):
         model(images(64, 96))
+
+
+def test_defaults_that_save_nothing_say_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    """256 landmarks for 256 patches are softmax attention: a network of two layers, one word."""
+    for spec, said in {"linformer": 1, "linformer(n=64)": 0, "linformer+gate": 1}.items():
+        caplog.clear()
+        fit._nothing_saved.cache_clear()
+        model = PlainNetwork(PlainAttention(), PlainAttention()).eval()
+        with caplog.at_level(logging.WARNING, logger="mitaswap"):
+            mitaswap.swap(model, spec, example=images(256, 256))
+        told = [r.getMessage() for r in caplog.records if "saves little or nothing" in r.message]
+        assert len(told) == said, spec
+        for line in told:
+            wrapped = spec.removeprefix("linformer")
+            assert line.endswith(f"; linformer(n=49){wrapped} is of a size for it")
 
 
 def test_a_site_without_grid_stays_swapped_in_copies_and_compiled() -> None:
