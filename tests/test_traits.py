@@ -18,7 +18,7 @@ ODD = [TokenLayout(2, (9, 10)), TokenLayout(2, (7, 9)), TokenLayout(0, (8, 8)), 
 
 def gap(one: Tensor, other: Tensor) -> float:
     """Largest difference, relative to the largest entry."""
-    return float((one - other).abs().max() / other.abs().max().clamp(min=1e-9))
+    return float(((one - other).abs().max() / other.abs().max().clamp(min=1e-9)).detach())
 
 
 def shuffled(layout: TokenLayout) -> Tensor:
