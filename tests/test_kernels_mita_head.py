@@ -5,132 +5,43 @@ on one.
 
 from __future__ import annotations
 
-import ctypes
 import shutil
 import struct
-import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
+from emulation import (
+    BF16,
+    CASES,
+    F16,
+    KERNELS,
+    UNIT,
+    Case,
+    Emulator,
+    emulate_forward,
+    inputs_of,
+    needs_compiler,
+    sizes_of,
+)
 from torch import Tensor
 
 from mitaswap.kernels import mita_head, nvrtc
-from mitaswap.kernels.mita_call import Saved, Sizes
+from mitaswap.kernels.mita_call import Sizes
 from mitaswap.mechanisms import mechanism
-from mitaswap.operators.pool import pool_shape
 from mitaswap.tokens import TokenLayout
 
-EMULATED = Path(__file__).parent / "emulated"
-KERNELS = Path(mita_head.__file__).parent
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
-
-F16, BF16 = torch.float16, torch.bfloat16
-#: unit roundoff
-UNIT = {F16: 2.0**-11, BF16: 2.0**-8}
-
-
-class Case(NamedTuple):
-    spec: str
-    layout: TokenLayout
-    dtype: torch.dtype = F16
-
-
-CASES = [
-    Case("mita", TokenLayout(0, (14, 14))),
-    Case("mita", TokenLayout(1, (14, 14)), BF16),
-    Case("mita(m=9,k=7)", TokenLayout(1, (6, 7))),
-    Case("mita(m=20,k=18,pool=4x5)", TokenLayout(5, (9, 11), 2), BF16),
-    Case("mita(m=12,k=30,variant=route-only)", TokenLayout(0, (7, 9))),
-    # the most experts and the fewest keys, the fewest experts and the most keys, hardly any tokens
-    Case("mita(m=32,k=1,pool=4x8)", TokenLayout(0, (8, 8))),
-    Case("mita(m=1,k=32)", TokenLayout(1, (5, 9)), BF16),
-    Case("mita(m=1,k=3)", TokenLayout(0, (1, 3))),
-    Case("mita(m=12,k=9,pool=4x3)", TokenLayout(0, (5, 3))),
-    Case("mita(m=4,k=6,landmark_tokens=released)", TokenLayout(1, (6, 6))),
-    Case("mita(m=30,k=32,pool=5x6)", TokenLayout(1, (15, 16), 15), BF16),
-    # rows, tiles and warps that are just full, and just not
-    Case("mita(m=16,k=16)", TokenLayout(0, (4, 4))),
-    Case("mita(m=16,k=24)", TokenLayout(1, (4, 8))),
-    Case("mita(m=20,k=19,pool=4x5,variant=route-only)", TokenLayout(1, (8, 16)), BF16),
-    Case("mita(m=28,k=8,pool=4x7)", TokenLayout(0, (16, 16))),
-]
-
-
-def sizes_of(case: Case) -> Sizes:
-    o = mechanism(case.spec).options
-    windows = pool_shape(o.m, case.layout.grid, o.pool)
-    first = 0 if o.landmark_tokens == "released" else case.layout.prefix
-    return Sizes(first, *case.layout.grid, *windows, o.k, o.s, int(o.variant == "full"))
-
-
-def inputs_of(case: Case, batch: int = 2, heads: int = 1) -> tuple[Tensor, ...]:
-    """q, k, v as views of one projection."""
-    generator = torch.Generator().manual_seed(3)
-    joint = torch.randn(batch, case.layout.tokens, 3, heads, 64, generator=generator)
-    return joint.to(case.dtype).permute(2, 0, 3, 1, 4).unbind(0)
-
-
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> dict[object, ctypes.CDLL]:
-    return {"folder": tmp_path_factory.mktemp("emulated")}  # type: ignore[dict-item]
-
-
-def library(built: dict, fixed: tuple[tuple[str, int], ...]) -> ctypes.CDLL:  # type: ignore[type-arg]
-    if fixed not in built:
-        to = built["folder"] / f"{len(built)}.so"
-        command = ["g++", "-std=c++17", "-O1", "-w", "-fPIC", f"-I{EMULATED}"]
-        command += [f"-I{built.get('kernels', KERNELS)}"]
-        command += [f"-D{key}={value}" for key, value in fixed]
-        if built.get("races"):  # the compiler's calls, but not its library
-            command += ["-DRACES", "-g", "-fsanitize=thread"]
-        made = to.with_suffix(".o")
-        subprocess.run([*command, "-c", str(EMULATED / "launch.cpp"), "-o", str(made)], check=True)
-        subprocess.run(["g++", "-shared", str(made), "-ldl", "-o", str(to)], check=True)
-        built[fixed] = ctypes.CDLL(str(to))
-    return built[fixed]
-
-
-def emulate(
-    built: dict,  # type: ignore[type-arg]
-    case: Case,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    save: bool = True,
-) -> tuple[Tensor, Saved]:
-    """The output and what is saved, which nobody wrote to before."""
-    sizes, (batch, heads, tokens, dim) = sizes_of(case), q.shape
-    bh, m, scale = batch * heads, sizes.m, dim**-0.5
-
-    def unwritten(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.full(shape, float("nan") if dtype.is_floating_point else 1234, dtype=dtype)
-
-    half, whole = q.dtype, torch.int32
-    saved = Saved(
-        unwritten(bh, tokens), unwritten(bh, m, dim, dtype=half), unwritten(bh, m, dim, dtype=half),
-        unwritten(bh, m, dim), unwritten(bh, m), unwritten(bh, m, sizes.top, dtype=whole),
-        unwritten(bh, m + 1, dtype=whole), unwritten(bh, tokens, dtype=whole),
-        unwritten(bh, 1, tokens, dtype=whole),
-    )  # fmt: skip
-    out = unwritten(batch, tokens, heads, dim, dtype=half).transpose(1, 2)
-    code = library(built, mita_head.fixed(q, sizes, save))
-    assert code.bytes() == mita_head.shared_bytes(tokens, m, half)
-    assert code.threads() == mita_head.THREADS
-    written = saved if save else None
-    given = [kind(x) for x, kind in mita_head.arguments(q, k, v, out, written, scale, scale)]
-    places = [ctypes.cast(ctypes.pointer(x), ctypes.c_void_p) for x in given]
-    code.launch(bh, (ctypes.c_void_p * len(places))(*places))
-    return out, saved
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
+    return Emulator(tmp_path_factory.mktemp("emulated"))
 
 
 @needs_compiler
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.spec} {c.layout} {c.dtype}")
-def test_agrees_with_the_reference(case: Case, built: dict) -> None:  # type: ignore[type-arg]
+def test_agrees_with_the_reference(case: Case, emulator: Emulator) -> None:
     q, k, v = inputs_of(case)
-    out, saved = emulate(built, case, q, k, v)
+    out, saved = emulate_forward(emulator, case, q, k, v)
     part = mechanism(mechanism(case.spec).spec.with_options(impl="reference"))
     exact = [x.double() for x in (q, k, v)]
     wanted = part(*exact, layout=case.layout)
@@ -162,7 +73,7 @@ def test_agrees_with_the_reference(case: Case, built: dict) -> None:  # type: ig
         kept = torch.cat([kept, exact[0].flatten(0, 1) @ marks.transpose(-1, -2) / 8], -1)
     lse = kept.logsumexp(-1) / torch.log(torch.tensor(2.0, dtype=torch.float64))
     torch.testing.assert_close(saved.lse.double(), lse, atol=8 * unit, rtol=0)
-    assert torch.equal(emulate(built, case, q, k, v, save=False)[0], out)
+    assert torch.equal(emulate_forward(emulator, case, q, k, v, save=False)[0], out)
 
 
 def one_landmark(case: Case, scores: Tensor) -> tuple[Tensor, ...]:
@@ -192,18 +103,18 @@ def one_landmark(case: Case, scores: Tensor) -> tuple[Tensor, ...]:
 def test_the_largest_are_chosen_and_of_equals_the_first(
     scores: Tensor,
     top: int,
-    built: dict,  # type: ignore[type-arg]
+    emulator: Emulator,
 ) -> None:
     case = Case(f"mita(m=1,k={top})", TokenLayout(0, (9, 11)))
     scores = scores.to(F16)
-    _, saved = emulate(built, case, *one_landmark(case, scores))
+    _, saved = emulate_forward(emulator, case, *one_landmark(case, scores))
     wanted = scores.double().sort(descending=True, stable=True)[1][:top]
     assert sorted(saved.members[0, 0].tolist()) == sorted(wanted.tolist())
 
 
 @needs_compiler
 @pytest.mark.parametrize("top", [5, 17, 31])
-def test_experts_of_one_warp_are_chosen_each_by_its_own_scores(top: int, built: dict) -> None:  # type: ignore[type-arg]
+def test_experts_of_one_warp_are_chosen_each_by_its_own_scores(top: int, emulator: Emulator) -> None:
     case = Case(f"mita(m=8,k={top},pool=2x4)", TokenLayout(0, (8, 12)))
     q, k, v = (x[:1].clone() for x in inputs_of(case))
     q.zero_()
@@ -217,7 +128,7 @@ def test_experts_of_one_warp_are_chosen_each_by_its_own_scores(top: int, built: 
             n % 9]  # fmt: skip
     scores = torch.stack([row.to(F16) for row in rows])
     k[0, 0, :, :8] = scores.T
-    _, saved = emulate(built, case, q, k, v)
+    _, saved = emulate_forward(emulator, case, q, k, v)
     wanted = scores.double().sort(descending=True, stable=True, dim=1)[1][:, :top]
     assert torch.equal(saved.members[0].long().sort(1)[0], wanted.sort(1)[0])
 
@@ -232,20 +143,9 @@ RACED = [
 @needs_compiler
 @pytest.mark.parametrize("case", RACED, ids=lambda c: f"{c.spec} {c.layout} {c.dtype}")
 def test_all_accesses_to_shared_memory_are_in_order(case: Case, tmp_path: Path) -> None:
-    built = {"folder": tmp_path, "races": True}
-    emulate(built, case, *inputs_of(case))
-    assert_in_order(built)
-
-
-def assert_in_order(built: dict) -> None:  # type: ignore[type-arg]
-    for code in built.values():
-        if isinstance(code, ctypes.CDLL):
-            code.races.restype = ctypes.c_char_p
-            places = code.races().decode().split()
-            if places:
-                command = ["addr2line", "-i", "-e", code._name, *places]
-                found = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-                raise AssertionError(f"races in {sorted(set(found.split()))}")
+    emulator = Emulator(tmp_path, races=True)
+    emulate_forward(emulator, case, *inputs_of(case))
+    emulator.assert_in_order()
 
 
 @needs_compiler
@@ -257,25 +157,25 @@ def test_a_missing_syncwarp_shows(file: str, which: int, tmp_path: Path) -> None
     shutil.copytree(KERNELS, tmp_path / "kernels")
     path = tmp_path / "kernels" / f"mita_head_{file}.cuh"
     parts = path.read_text().split("__syncwarp();")
-    built = {"folder": tmp_path, "races": True, "kernels": path.parent}
+    emulator = Emulator(tmp_path, races=True, kernels=path.parent)
     case = RACED[0]
     path.write_text(
         "__syncwarp();".join(parts[: which + 1]) + "__syncwarp();".join(parts[which + 1 :])
     )
-    emulate(built, case, *inputs_of(case))
+    emulate_forward(emulator, case, *inputs_of(case))
     with pytest.raises(AssertionError, match=r"races in .*mita_head"):
-        assert_in_order(built)
+        emulator.assert_in_order()
 
 
 @needs_compiler
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_values_that_are_no_numbers_stay_in_bounds(bad: float, built: dict) -> None:  # type: ignore[type-arg]
+def test_values_that_are_no_numbers_stay_in_bounds(bad: float, emulator: Emulator) -> None:
     case = Case("mita(m=9,k=7)", TokenLayout(1, (6, 7)))
     q, k, v = inputs_of(case)
     for x in (k, v):
         x[0, 0, 3] = bad
     q[1, 0, 5] = bad
-    out, saved = emulate(built, case, q, k, v)
+    out, saved = emulate_forward(emulator, case, q, k, v)
     assert out.shape == q.shape
     assert ((saved.members >= 0) & (saved.members < 43)).all()
     kept = saved.members.sort(-1)[0]

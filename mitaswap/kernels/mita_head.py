@@ -17,12 +17,16 @@ from mitaswap.kernels.tiles import ceil
 THREADS = 256
 
 
+def terms_of(dtype: torch.dtype) -> int:
+    """Terms of a landmark: TERMS of `mita_head_rows.cuh`, as `split` in mita_parts.py."""
+    return 3 if dtype == torch.bfloat16 else 2
+
+
 def shared_bytes(tokens: int, m: int, dtype: torch.dtype) -> int:
     """Shared memory of a block: BYTES of `mita_head.cu`."""
-    terms = 3 if dtype == torch.bfloat16 else 2  # of a landmark, as in `split`
     rows = ceil(tokens, 16) * 16
     scores = m * max(40, rows + 8) * 4
-    return 3 * rows * 128 + scores + terms * 32 * 128 + m * 32 + 2 * 256 + 2 * 128 + 52 * 4
+    return 3 * rows * 128 + scores + terms_of(dtype) * 32 * 128 + m * 32 + 2 * 256 + 2 * 128 + 52 * 4
 
 
 def steps(x: Tensor) -> list[int]:
@@ -41,8 +45,8 @@ def plain(*tensors: Tensor) -> bool:
 
 
 @functools.cache
-def _room(device: int) -> int:
-    """Bytes of shared memory that a block may have; 0 where the kernel cannot run."""
+def room(device: int) -> int:
+    """Bytes of shared memory that a block may have; 0 where such kernels cannot run."""
     if torch.cuda.get_device_capability(device) < (8, 0) or not nvrtc.serves(device):
         return 0
     properties = torch.cuda.get_device_properties(device)
@@ -60,7 +64,7 @@ def fits(q: Tensor, k: Tensor, v: Tensor, sizes: Sizes, scale: float, again: flo
     """Whether this kernel takes such a call here; what it does not take is for the long way."""
     if not q.is_cuda or not suits(q, sizes, scale, again) or not plain(q, k, v):
         return False
-    return shared_bytes(q.shape[2], sizes.m, q.dtype) <= _room(q.device.index)
+    return shared_bytes(q.shape[2], sizes.m, q.dtype) <= room(q.device.index)
 
 
 @functools.cache

@@ -1,20 +1,15 @@
 // Sizes, shared memory and small pieces of `mita_head.cu`.
 #pragma once
-#include <warp.cuh>
+#include <mita_head_rows.cuh>
 
-constexpr int N = TOKENS, NP = (N + 15) / 16 * 16;  // rows that exist are NP
 constexpr int WARPS = 8, THREADS = 32 * WARPS;
-constexpr int D = 64, ROW = 2 * D;                  // bytes of a row
 constexpr int NS = NP < 32 ? 40 : NP + 8;           // floats of a row of scores: 8 banks apart
-constexpr int TERMS = BF16 ? 3 : 2;                 // of a landmark: `split` in mita_parts.py
 constexpr int TURNS = (NP / 16 + WARPS - 1) / WARPS;  // tiles of 16 queries a warp
 constexpr int MT = (M + 7) / 8, KT = (K + 7) / 8;   // tiles of landmarks, of an expert's keys
-constexpr u32 ONES = BF16 ? 0x3f803f80 : 0x3c003c00;  // two halves
-constexpr float LOG2E = 1.4426950408889634f;
 
 // shared memory, in bytes: q, then
 constexpr int KEYS = NP * ROW, VALUES = 2 * KEYS;
-constexpr int MARKS = 3 * KEYS, TERM = 32 * ROW;     // landmarks, a term after the other
+constexpr int MARKS = 3 * KEYS;                      // landmarks, a term after the other
 constexpr int READ = MARKS + TERM;                   // V~, when the second terms are done with
 constexpr int SOFTMAX = MARKS;                       // float2 [NP], once routing has read the first ones
 // float32 [M, NS]; each row is later a list of 32 scores, and then NP halves
@@ -26,25 +21,11 @@ constexpr int SUMS = SORTED + 256, COUNTS = SUMS + 128;
 constexpr int TILES = COUNTS + 128;  // of 16 queries: expert, begin << 8, count << 16
 constexpr int MOST_TILES = 48, BYTES = TILES + (MOST_TILES + 4) * 4;
 
-// What a thread is and where its block's memory lies.
-struct Thread {
-    char* memory;
-    Place here;
-    int thread, lane, warp;
-    int g, t;             // row and pair of columns that it holds of a tile of 8
-    int sub, side;        // row and chunk that it loads of 16 rows
-    int eighth, corner;   // and of 8 rows
-    int mt, pair;         // its 16 landmarks and two chunks
-    long long head;
+// Which part a thread has, and where its block's memory lies.
+struct Thread : Lane {
+    int mt, pair;  // its 16 landmarks and two chunks
 
-    __device__ explicit Thread(char* memory) : memory(memory), here(place(memory)) {
-        thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
-        g = lane >> 2, t = lane & 3;
-        sub = lane & 15, side = lane >> 4;
-        eighth = lane & 7, corner = lane >> 3;
-        mt = warp & 1, pair = warp >> 1;
-        head = blockIdx.x;
-    }
+    __device__ explicit Thread(char* memory) : Lane(memory), mt(warp & 1), pair(warp >> 1) {}
     __device__ float* scores(int e) const { return (float*)(memory + SCORES) + e * NS; }
     __device__ float2* softmax() const { return (float2*)(memory + SOFTMAX); }
     __device__ float* sums() const { return (float*)(memory + SUMS); }
@@ -55,31 +36,11 @@ struct Thread {
     __device__ int* tiles() const { return (int*)(memory + TILES); }
 };
 
-// Chunk c, of 16 bytes, of a row of D halves: where no two of 8 neighbouring rows share banks.
-// Chunk c ^ d lies at the place ^ 16 d.
-__device__ __forceinline__ Place chunk(Place rows, int row, int c) {
-    return rows + row * ROW + ((c ^ (row & 7)) << 4);
-}
-
 // The place of chunk 0 of row `byte` of `four`, in few instructions.
 __device__ __forceinline__ Place chunk_0(Place rows, u32 four, int byte) {
     const u32 row = byte ? four >> (8 * byte - 7) : four << 7;
     const u32 last = byte ? four >> (8 * byte - 4) : four << 4;
     return rows + ((row & 255 << 7) | (last & 7 << 4));
-}
-
-template <int lanes>
-__device__ __forceinline__ float peak_of(float x) {
-#pragma unroll
-    for (int i = lanes / 2; i; i >>= 1) x = fmaxf(x, __shfl_xor_sync(LANES, x, i));
-    return x;
-}
-
-template <int lanes, class T>
-__device__ __forceinline__ T sum_of(T x) {
-#pragma unroll
-    for (int i = lanes / 2; i; i >>= 1) x += __shfl_xor_sync(LANES, x, i);
-    return x;
 }
 
 // sum over the lanes before this one, of each `lanes` neighbours

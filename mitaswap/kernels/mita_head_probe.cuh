@@ -4,8 +4,7 @@
 
 // Which tokens lie in which windows, for 2 x 16 windows and NP / 16 x 16 tokens as lanes hold them as
 // the first operand of a product: bit i and bit 16 + i of a word are the two halves of the operand's
-// register 16 * word + i. Windows span rows floor(i h / A) to ceil((i + 1) h / A), as in adaptive
-// pooling.
+// register 16 * word + i.
 struct Windows {
     uint4 bits[2][32];
     float2 half_share[2][32];  // 1 / (2 tokens) of the windows of rows g and g + 8
@@ -13,21 +12,16 @@ struct Windows {
 
 __device__ constexpr Windows make_windows() {
     Windows out = {};
-    u32 of[NP] = {};
-    for (int e = 0; e < M; e++) {
-        int top = e / B * HEIGHT / A, bottom = ((e / B + 1) * HEIGHT + A - 1) / A;
-        int left = e % B * WIDTH / B, right = ((e % B + 1) * WIDTH + B - 1) / B;
-        for (int y = top; y < bottom; y++)
-            for (int x = left; x < right; x++) of[FIRST + y * WIDTH + x] |= 1u << e;
+    const Inside inside = inside_windows();
+    for (int e = 0; e < M; e++)
         for (int t = 0; t < 4; t++) {
             float2& shares = out.half_share[e / 16][e % 8 * 4 + t];
-            (e / 8 % 2 ? shares.y : shares.x) = 0.5f / ((bottom - top) * (right - left));
+            (e / 8 % 2 ? shares.y : shares.x) = 0.5f / inside.tokens[e];
         }
-    }
     for (int i = 0; i < 2 * 32 * (NP / 4); i++) {
         int mt = i / (32 * (NP / 4)), lane = i / (NP / 4) % 32, s = i % (NP / 4) / 4, r = i % 4;
         int e = 16 * mt + lane / 4 + r % 2 * 8, n = 16 * s + lane % 4 * 2 + r / 2 * 8;
-        u32 bits = ((of[n] >> e & 1) | (of[n + 1] >> e & 1) << 16) << (4 * s + r) % 16;
+        u32 bits = ((inside.of[n] >> e & 1) | (inside.of[n + 1] >> e & 1) << 16) << (4 * s + r) % 16;
         uint4& words = out.bits[mt][lane];
         (s / 4 == 0 ? words.x : s / 4 == 1 ? words.y : s / 4 == 2 ? words.z : words.w) |= bits;
     }
@@ -74,19 +68,12 @@ __device__ __forceinline__ void pool(
         const float share = upper ? half_share.y : half_share.x;
 #pragma unroll
         for (int j = 0; j < 2; j++) {
-            float x = (c[0][j][l] + c[1][j][l]) * share;
-            float y = (c[0][j][l + 1] + c[1][j][l + 1]) * share;
+            const float x = (c[0][j][l] + c[1][j][l]) * share;
+            const float y = (c[0][j][l + 1] + c[1][j][l + 1]) * share;
             const long long at = (my.head * M + e) * D + 16 * my.pair + 8 * j + 2 * t;
             if (SAVE && e < M) *(float2*)(exact + at) = make_float2(x, y);
-            const Place to = chunk(my.here + MARKS, e, 2 * my.pair + j) + 4 * t;
-#pragma unroll
-            for (int term = 0; term < TERMS; term++) {
-                const u32 low = pack(x, y);
-                put(to + term * TERM, low);
-                if (SAVE && term == 0 && e < M) *(u32*)(marks + at) = low;
-                x = (x - unpack((u16)low)) * (BF16 ? 1.f : 2048.f);
-                y = (y - unpack((u16)(low >> 16))) * (BF16 ? 1.f : 2048.f);
-            }
+            const u32 low = put_terms(chunk(my.here + MARKS, e, 2 * my.pair + j) + 4 * t, x, y);
+            if (SAVE && e < M) *(u32*)(marks + at) = low;
         }
     }
 }

@@ -22,6 +22,8 @@ from mitaswap.kernels.mita_backward import (
 from mitaswap.kernels.mita_call import Saved, Sizes, readable
 from mitaswap.kernels.mita_head import fits as fits_head
 from mitaswap.kernels.mita_head import head_forward
+from mitaswap.kernels.mita_head_backward import fits as fits_head_backward
+from mitaswap.kernels.mita_head_backward import head_backward
 from mitaswap.kernels.mita_probe import (
     marks_kernel,
     pool_kernel,
@@ -273,20 +275,25 @@ def attend_backward(
     """Gradients of q, k and v, each laid out like its tensor."""
     q, k, v, grad = readable(q), readable(k), readable(v), readable(grad)
     dq, dk, dv = (like(x) for x in (q, k, v))
-
+    if not q.shape[0] * q.shape[1]:
+        return dq, dk, dv
+    every = (grad, q, k, v, out, dq, dk, dv)
+    if fits_head_backward(every, sizes, scale, again):
+        head_backward(every, saved, sizes, scale, again)
+        return dq, dk, dv
     short = fits(q, sizes, scale, again)
 
     def run(part: Part) -> None:
         mine = Saved(*(part.flat(x) for x in saved))
-        given = [part.of(x) for x in (grad, q, k, v, out, dq, dk, dv)]
+        given = [part.of(x) for x in every]
         if short:
             short_backward(*given, saved=mine, sizes=sizes, scale=scale, again=again)
         else:
-            every = len(saved.lse)
-            _backward(*given, saved=mine, sizes=sizes, scale=scale, again=again, every=every)
+            _backward(
+                *given, saved=mine, sizes=sizes, scale=scale, again=again, every=len(saved.lse)
+            )
 
-    if q.shape[0] * q.shape[1]:
-        in_halves(q, run)
+    in_halves(q, run)
     return dq, dk, dv
 
 

@@ -60,6 +60,9 @@ __device__ __forceinline__ void put(Place to, u32 x) {
     asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(x) : "memory");
 }
 
+// set bits of a word that other threads set bits of
+__device__ __forceinline__ void set_bits(u32* word, u32 bits) { atomicOr(word, bits); }
+
 __device__ __forceinline__ uint4 get16(Place from) {
     uint4 x;
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"

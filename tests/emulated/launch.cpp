@@ -1,5 +1,8 @@
 // A kernel's source as a library for the CPU: `launch` takes its arguments as cuLaunchKernel does.
-#include <mita_head.cu>
+// KERNEL: its name, and that of its file.
+#define TEXT(x) #x
+#define FILE_OF(name) TEXT(name.cu)
+#include FILE_OF(KERNEL)
 #include <utility>
 
 template <class... T, size_t... I>
@@ -16,5 +19,5 @@ extern "C" int bytes() { return BYTES; }
 extern "C" int threads() { return THREADS; }
 extern "C" void launch(int blocks, void** arguments) {
     given = arguments;
-    run(blocks, THREADS, BYTES, [] { call(mita_head, given); });
+    run(blocks, THREADS, BYTES, [] { call(KERNEL, given); });
 }

@@ -28,6 +28,7 @@ typedef unsigned int u32;
 #define __launch_bounds__(...)
 
 struct float2 { float x, y; };
+struct alignas(8) uint2 { u32 x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
 struct alignas(16) uint4 { u32 x, y, z, w; };
 inline float2 make_float2(float x, float y) { return {x, y}; }
@@ -171,6 +172,7 @@ inline void copy16(Place to, const void* from, bool ok) {
 inline uint4 ask16(const uint4* from) { return *from; }
 inline float2 ask8(const float2* from) { return *from; }
 inline void put(Place to, u32 x) { *(u32*)to = x; }
+UNSEEN inline void set_bits(u32* word, u32 bits) { *word |= bits; }
 inline uint4 get16(Place from) { return *(uint4*)from; }
 inline void commit() { block.copies[block.current].emplace_back(); }
 template <int left>

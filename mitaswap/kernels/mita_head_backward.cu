@@ -1,0 +1,91 @@
+// MiTA's gradients on short sequences of halves, head dim 64: one head in one block, a warp for each
+// 16 tokens. All logits of a head are computed anew, and those that do not count set to zero; nothing
+// is added atomically but bits. `mita_head_backward.py` compiles it, with these whole numbers fixed:
+//   BF16 (else float16)   TOKENS   M, K (landmarks, 32 at most; keys an expert)
+//   FIRST, HEIGHT, WIDTH, A, B (first patch; patch grid; windows of the pooling)
+//   SHARED (with the shared expert)   PARTS (in which the queries' gradients are computed)
+#include <mita_back_parts.cuh>
+#include <mita_back_routed.cuh>
+#include <mita_back_shared.cuh>
+
+// grad (of the output), q, k, v, out, and to be written dq, dk, dv: [B, H, N, D] by strides in
+// elements, rows of D dense. The rest as `Saved` in mita_call.py: lse [BH, N], values, exact
+// [BH, M, D], probe_lse [BH, M], members [BH, M, K], route [BH, N]. scale: of routed logits and
+// scores, again: of shared logits. Grid: B H blocks of THREADS threads and BYTES of shared memory.
+extern "C" __global__ void __launch_bounds__(THREADS, 1) mita_head_backward(
+    const u16* grad, const u16* q, const u16* k, const u16* v, const u16* out, u16* dq, u16* dk,
+    u16* dv, const float* lse, const u16* values, const float* exact, const float* probe_lse,
+    const int* members, const int* route, int sgb, int sgh, int sgn, int sqb, int sqh, int sqn,
+    int skb, int skh, int skn, int svb, int svh, int svn, int sob, int soh, int son, int sdqb,
+    int sdqh, int sdqn, int sdkb, int sdkh, int sdkn, int sdvb, int sdvh, int sdvn, int H,
+    float scale, float again) {
+    SHARED_MEMORY(memory);
+    const Thread my(memory);
+    const int b = blockIdx.x / H, h = blockIdx.x % H;
+    const auto offset = [=](int sb, int sh) { return (long long)b * sb + (long long)h * sh; };
+    copy_tile(my, 0, q + offset(sqb, sqh), sqn);
+    copy_tile(my, GRADS, grad + offset(sgb, sgh), sgn);
+    if (SHARED) load_landmarks(my, exact, values, probe_lse);
+    commit();
+    copy_tile(my, KEYS, k + offset(skb, skh), skn);
+    copy_tile(my, VALUES, v + offset(svb, svh), svn);
+    commit();
+    uint4 outs[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const int n = min(my.first + 4 * i + my.corner, N - 1);
+        outs[i] = *(const uint4*)(out + offset(sob, soh) + (long long)n * son + 8 * my.eighth);
+    }
+    int flags[FLAGS];
+#pragma unroll
+    for (int i = 0; i < FLAGS; i++)
+        flags[i] = members[my.head * M * K + min(my.thread + THREADS * i, M * K - 1)];
+    if (my.thread < NP) my.held()[my.thread] = 0;
+    wait<1>();
+    __syncwarp();
+    query_rows(my, outs, lse, route, scale);
+    __syncthreads();  // landmarks, V~, zeros
+#pragma unroll
+    for (int i = 0; i < FLAGS; i++)
+        set_bits(my.held() + flags[i], 1u << min(my.thread + THREADS * i, M * K - 1) / K);
+
+    u32 dshared[ES][4];
+    float dkeys[8][4] = {}, dvalues[8][4] = {};
+    u32 keys[4][4], vals[4][4];
+    if (SHARED) {
+        weigh_landmarks(my, again, again / scale, dshared);
+        __syncthreads();  // weights, gradients of logits
+        read_gradients(my);
+    }
+    wait<0>();
+    __syncthreads();  // k, v, bits, gradients of V~
+    load_tile(my, keys, my.here + KEYS + my.first * ROW);
+    load_tile(my, vals, my.here + VALUES + my.first * ROW);
+    if (SHARED) {
+        probe_keys(my, scale, keys, vals, dkeys, dvalues);
+        __syncthreads();  // gradients of scores
+        landmark_gradients(my);
+        __syncthreads();  // they are read
+    }
+#pragma unroll
+    for (int part = 0; part < PARTS; part++) {
+        const int begin = part * PART, count = min(PART, TILES - begin);
+        if (part) __syncthreads();  // logits' gradients are read
+        attend_keys(my, begin, count, scale, keys, vals, dkeys, dvalues);
+        if (part == PARTS - 1) {
+            write_tile(my, dvalues, VALUES, dv + offset(sdvb, sdvh), sdvn);
+            write_tile(my, dkeys, VALUES, dk + offset(sdkb, sdkh), sdkn);
+        }
+        __syncthreads();  // logits' gradients
+        if (my.warp < begin || my.warp >= begin + count) continue;
+        float dqueries[8][4] = {};
+        attend_queries(my, my.warp - begin, dqueries);
+        if (SHARED) {
+            u32 inside[ES][4];
+            window_operand(my, inside);
+            times(my, dqueries, dshared, my.here + MARKS);
+            times(my, dqueries, inside, my.here + READ);
+        }
+        write_tile(my, dqueries, 0, dq + offset(sdqb, sdqh), sdqn);
+    }
+}

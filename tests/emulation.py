@@ -1,0 +1,173 @@
+"""Kernels in CUDA C++ on the CPU: their sources compiled with the headers in `emulated`, called as a
+device would call them. And the calls of MiTA's kernels for short sequences to try them with.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from mitaswap.kernels import mita_head, mita_head_backward
+from mitaswap.kernels.mita_call import Saved, Sizes
+from mitaswap.kernels.nvrtc import Argument
+from mitaswap.mechanisms import mechanism
+from mitaswap.operators.pool import pool_shape
+from mitaswap.tokens import TokenLayout
+
+EMULATED = Path(__file__).parent / "emulated"
+KERNELS = Path(mita_head.__file__).parent
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+
+F16, BF16 = torch.float16, torch.bfloat16
+#: unit roundoff
+UNIT = {F16: 2.0**-11, BF16: 2.0**-8}
+
+
+class Case(NamedTuple):
+    spec: str
+    layout: TokenLayout
+    dtype: torch.dtype = F16
+
+
+CASES = [
+    Case("mita", TokenLayout(0, (14, 14))),
+    Case("mita", TokenLayout(1, (14, 14)), BF16),
+    Case("mita(m=9,k=7)", TokenLayout(1, (6, 7))),
+    Case("mita(m=20,k=18,pool=4x5)", TokenLayout(5, (9, 11), 2), BF16),
+    Case("mita(m=12,k=30,variant=route-only)", TokenLayout(0, (7, 9))),
+    # the most experts and the fewest keys, the fewest experts and the most keys, hardly any tokens
+    Case("mita(m=32,k=1,pool=4x8)", TokenLayout(0, (8, 8))),
+    Case("mita(m=1,k=32)", TokenLayout(1, (5, 9)), BF16),
+    Case("mita(m=1,k=3)", TokenLayout(0, (1, 3))),
+    Case("mita(m=12,k=9,pool=4x3)", TokenLayout(0, (5, 3))),
+    Case("mita(m=4,k=6,landmark_tokens=released)", TokenLayout(1, (6, 6))),
+    Case("mita(m=30,k=32,pool=5x6)", TokenLayout(1, (15, 16), 15), BF16),
+    # rows, tiles and warps that are just full, and just not
+    Case("mita(m=16,k=16)", TokenLayout(0, (4, 4))),
+    Case("mita(m=16,k=24)", TokenLayout(1, (4, 8))),
+    Case("mita(m=20,k=19,pool=4x5,variant=route-only)", TokenLayout(1, (8, 16)), BF16),
+    Case("mita(m=28,k=8,pool=4x7)", TokenLayout(0, (16, 16))),
+]
+
+
+def sizes_of(case: Case) -> Sizes:
+    o = mechanism(case.spec).options
+    windows = pool_shape(o.m, case.layout.grid, o.pool)
+    first = 0 if o.landmark_tokens == "released" else case.layout.prefix
+    return Sizes(first, *case.layout.grid, *windows, o.k, o.s, int(o.variant == "full"))
+
+
+def inputs_of(case: Case, batch: int = 2, heads: int = 1) -> tuple[Tensor, ...]:
+    """q, k, v as views of one projection."""
+    generator = torch.Generator().manual_seed(3)
+    joint = torch.randn(batch, case.layout.tokens, 3, heads, 64, generator=generator)
+    return joint.to(case.dtype).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+class Emulator:
+    """Compiles kernels for the CPU, once for each set of fixed numbers, and calls them.
+
+    Args:
+        folder: where libraries go.
+        races: whether accesses to shared memory without order are looked for (slower).
+        kernels: where the sources are.
+    """
+
+    def __init__(self, folder: Path, races: bool = False, kernels: Path = KERNELS) -> None:
+        self.folder, self.races, self.kernels = folder, races, kernels
+        self.built: dict[object, ctypes.CDLL] = {}
+
+    def library(self, kernel: str, fixed: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
+        if (kernel, fixed) not in self.built:
+            to = self.folder / f"{len(self.built)}.so"
+            command = ["g++", "-std=c++17", "-O1", "-w", "-fPIC", f"-DKERNEL={kernel}"]
+            command += [f"-I{EMULATED}", f"-I{self.kernels}"]
+            command += [f"-D{key}={value}" for key, value in fixed]
+            if self.races:  # the compiler's calls, but not its library
+                command += ["-DRACES", "-g", "-fsanitize=thread"]
+            made = to.with_suffix(".o")
+            source = str(EMULATED / "launch.cpp")
+            subprocess.run([*command, "-c", source, "-o", str(made)], check=True)
+            subprocess.run(["g++", "-shared", str(made), "-ldl", "-o", str(to)], check=True)
+            self.built[kernel, fixed] = ctypes.CDLL(str(to))
+        return self.built[kernel, fixed]
+
+    def launch(
+        self,
+        kernel: str,
+        fixed: tuple[tuple[str, int], ...],
+        blocks: int,
+        threads: int,
+        shared: int,
+        arguments: list[Argument],
+    ) -> None:
+        code = self.library(kernel, fixed)
+        assert (code.threads(), code.bytes()) == (threads, shared)
+        given = [kind(x) for x, kind in arguments]
+        places = [ctypes.cast(ctypes.pointer(x), ctypes.c_void_p) for x in given]
+        code.launch(blocks, (ctypes.c_void_p * len(places))(*places))
+
+    def assert_in_order(self) -> None:
+        for code in self.built.values():
+            code.races.restype = ctypes.c_char_p
+            places = code.races().decode().split()
+            if places:
+                command = ["addr2line", "-i", "-e", code._name, *places]
+                found = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+                raise AssertionError(f"races in {sorted(set(found.split()))}")
+
+
+def unwritten(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """What a kernel is to write, which nobody wrote to before."""
+    return torch.full(shape, float("nan") if dtype.is_floating_point else 1234, dtype=dtype)
+
+
+def emulate_forward(
+    emulator: Emulator, case: Case, q: Tensor, k: Tensor, v: Tensor, save: bool = True
+) -> tuple[Tensor, Saved]:
+    """The output and what is saved."""
+    sizes, (batch, heads, tokens, dim) = sizes_of(case), q.shape
+    bh, m, scale = batch * heads, sizes.m, dim**-0.5
+    half, whole = q.dtype, torch.int32
+    saved = Saved(
+        unwritten(bh, tokens), unwritten(bh, m, dim, dtype=half), unwritten(bh, m, dim, dtype=half),
+        unwritten(bh, m, dim), unwritten(bh, m), unwritten(bh, m, sizes.top, dtype=whole),
+        unwritten(bh, m + 1, dtype=whole), unwritten(bh, tokens, dtype=whole),
+        unwritten(bh, 1, tokens, dtype=whole),
+    )  # fmt: skip
+    out = unwritten(batch, tokens, heads, dim, dtype=half).transpose(1, 2)
+    emulator.launch(
+        "mita_head", mita_head.fixed(q, sizes, save), bh, mita_head.THREADS,
+        mita_head.shared_bytes(tokens, m, half),
+        mita_head.arguments(q, k, v, out, saved if save else None, scale, scale),
+    )  # fmt: skip
+    return out, saved
+
+
+def emulate_backward(
+    emulator: Emulator, case: Case, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor,
+    saved: Saved, room: int = 227 * 1024,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k and v.
+
+    Args:
+        room: bytes of shared memory that a block may have.
+    """
+    sizes, scale = sizes_of(case), q.shape[-1] ** -0.5
+    batch, heads, tokens, dim = q.shape
+    cut = mita_head_backward.parts(q, sizes, room)
+    shape = (batch, tokens, heads, dim)
+    made = tuple(unwritten(*shape, dtype=q.dtype).transpose(1, 2) for _ in range(3))
+    emulator.launch(
+        "mita_head_backward", mita_head_backward.fixed(q, sizes, cut), batch * heads,
+        mita_head_backward.threads(tokens), mita_head_backward.shared_bytes(q, sizes, cut),
+        mita_head_backward.arguments((grad, q, k, v, out, *made), saved, scale, scale),
+    )  # fmt: skip
+    return made
