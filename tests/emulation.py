@@ -168,6 +168,6 @@ def emulate_backward(
     emulator.launch(
         "mita_head_backward", mita_head_backward.fixed(q, sizes, cut), batch * heads,
         mita_head_backward.threads(tokens), mita_head_backward.shared_bytes(q, sizes, cut),
-        mita_head_backward.arguments((grad, q, k, v, out, *made), saved, scale, scale),
+        mita_head_backward.arguments((grad, q, k, v, out, *made), saved, 1, scale, scale),
     )  # fmt: skip
     return made

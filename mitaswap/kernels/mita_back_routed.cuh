@@ -3,9 +3,8 @@
 #pragma once
 #include <mita_back_parts.cuh>
 
-// delta = grad x out of the warp's queries; what else each of them is to be known by.
-__device__ __forceinline__ void query_rows(
-    const Thread& my, const uint4 (&out)[4], const float* lse, const int* route, float scale) {
+// delta = grad x out of the warp's queries, of which out are the parts that this lane holds.
+__device__ __forceinline__ void query_rows(const Thread& my, const uint4 (&out)[4], float scale) {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         const int n = my.first + 4 * i + my.corner;
@@ -18,12 +17,7 @@ __device__ __forceinline__ void query_rows(
             dot += unpack((u16)left[l]) * unpack((u16)right[l]) +
                    unpack((u16)(left[l] >> 16)) * unpack((u16)(right[l] >> 16));
         dot = sum_of<8>(dot);
-        if (my.eighth == 0) {
-            float* row = (float*)&my.rows()[n >> 1] + (n & 1);
-            row[0] = n < N ? lse[my.head * N + n] : INFINITY;
-            row[2] = n < N ? dot * scale : 0.f;
-            my.experts()[n] = n < N ? 1u << route[my.head * N + n] : 0;
-        }
+        if (my.eighth == 0) ((float*)&my.rows()[n >> 1])[2 + (n & 1)] = n < N ? dot * scale : 0.f;
     }
 }
 
@@ -31,9 +25,10 @@ __device__ __forceinline__ void query_rows(
 // keys and values have from them.
 __device__ __forceinline__ void attend_keys(
     const Thread& my, int begin, int count, float scale, const u32 (&keys)[4][4],
-    const u32 (&values)[4][4], float (&dkeys)[8][4], float (&dvalues)[8][4]) {
+    float (&dkeys)[8][4], float (&dvalues)[8][4]) {
     const u32 held[2] = {my.held()[my.first + my.g], my.held()[my.first + my.g + 8]};
     const float factor = scale * LOG2E;
+    const Place own = my.here + VALUES + my.first * ROW;
     int i = my.warp % count;  // each warp begins elsewhere
 #pragma unroll 1
     for (int turn = 0; turn < count; turn++, i = i + 1 < count ? i + 1 : 0) {
@@ -41,6 +36,8 @@ __device__ __forceinline__ void attend_keys(
         const Place queries = my.here + first * ROW;
         float weights[2][4] = {}, d[2][4] = {};
         times_turned(my, weights, keys, queries);
+        u32 values[4][4];  // anew each time, as registers are few
+        load_tile(my, values, own);
         times_turned(my, d, values, queries + GRADS);
 #pragma unroll
         for (int j = 0; j < 2; j++) {

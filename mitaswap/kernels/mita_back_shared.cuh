@@ -16,24 +16,40 @@ __device__ constexpr Windows make_windows() {
 
 static __device__ constexpr Windows windows = make_windows();
 
-// Landmarks as terms, and what the landmarks read.
-__device__ __forceinline__ void load_landmarks(
-    const Thread& my, const float* exact, const u16* values, const float* probe_lse) {
+// Begin to copy V~.
+__device__ __forceinline__ void copy_values(const Thread& my, const u16* values) {
+#pragma unroll
     for (int i = my.thread; i < 16 * ES * 8; i += THREADS) {
         const int e = min(i >> 3, M - 1);
         copy16(chunk(my.here + READ, i >> 3, i & 7),
                values + (my.head * M + e) * D + 8 * (i & 7), i >> 3 < M);
     }
-    for (int i = my.thread; i < 16 * ES * 16; i += THREADS) {
-        const int e = i >> 4, c = i & 15;
-        float4 x = {};
-        if (e < M) x = *(const float4*)(exact + (my.head * M + e) * D + 4 * c);
-        const Place to = chunk(my.here + MARKS, e, c >> 1) + 8 * (c & 1);
-        put_terms(to, x.x, x.y);
-        put_terms(to + 4, x.z, x.w);
-    }
-    if (my.lane < M && my.warp == 0) my.probe()[my.lane] = probe_lse[my.head * M + my.lane] * LOG2E;
 }
+
+// What a thread reads of the landmarks, and puts there as terms.
+struct Landmarks {
+    static constexpr int EACH = (16 * ES * 16 + THREADS - 1) / THREADS;
+    float4 x[EACH];
+
+    __device__ __forceinline__ void ask(const Thread& my, const float* exact) {
+#pragma unroll
+        for (int i = 0; i < EACH; i++) {
+            const int at = my.thread + THREADS * i, e = min(at >> 4, M - 1);
+            x[i] = *(const float4*)(exact + (my.head * M + e) * D + 4 * (at & 15));
+        }
+    }
+    __device__ __forceinline__ void put_down(const Thread& my) const {
+#pragma unroll
+        for (int i = 0; i < EACH; i++) {
+            const int at = my.thread + THREADS * i, e = at >> 4, c = at & 15;
+            if (e >= 16 * ES) break;
+            const bool ok = e < M;
+            const Place to = chunk(my.here + MARKS, e, c >> 1) + 8 * (c & 1);
+            put_terms(to, ok ? x[i].x : 0.f, ok ? x[i].y : 0.f);
+            put_terms(to + 4, ok ? x[i].z : 0.f, ok ? x[i].w : 0.f);
+        }
+    }
+};
 
 // c [16, 16 ES] = 16 rows x landmarks
 __device__ __forceinline__ void times_landmarks(
@@ -129,10 +145,12 @@ __device__ __forceinline__ void read_gradients(const Thread& my) {
 
 // The gradients of the landmarks' scores of the warp's keys; what keys and values have from them.
 __device__ __forceinline__ void probe_keys(
-    const Thread& my, float scale, const u32 (&keys)[4][4], const u32 (&values)[4][4],
+    const Thread& my, float scale, const u32 (&keys)[4][4],
     float (&dkeys)[8][4], float (&dvalues)[8][4]) {
     float shares[2 * ES][4] = {}, d[2 * ES][4] = {};
     times_landmarks(my, shares, keys);
+    u32 values[4][4];
+    load_tile(my, values, my.here + VALUES + my.first * ROW);
     times_turned(my, d, values, my.here + DREAD);
 #pragma unroll
     for (int j = 0; j < 2 * ES; j++)

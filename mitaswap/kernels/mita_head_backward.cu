@@ -11,39 +11,54 @@
 // grad (of the output), q, k, v, out, and to be written dq, dk, dv: [B, H, N, D] by strides in
 // elements, rows of D dense. The rest as `Saved` in mita_call.py: lse [BH, N], values, exact
 // [BH, M, D], probe_lse [BH, M], members [BH, M, K], route [BH, N]. scale: of routed logits and
-// scores, again: of shared logits. Grid: B H blocks of THREADS threads and BYTES of shared memory.
+// scores, again: of shared logits. ahead: blocks that the device
+// holds at once. Grid: B H blocks of THREADS threads and BYTES of shared memory.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) mita_head_backward(
     const u16* grad, const u16* q, const u16* k, const u16* v, const u16* out, u16* dq, u16* dk,
     u16* dv, const float* lse, const u16* values, const float* exact, const float* probe_lse,
     const int* members, const int* route, int sgb, int sgh, int sgn, int sqb, int sqh, int sqn,
     int skb, int skh, int skn, int svb, int svh, int svn, int sob, int soh, int son, int sdqb,
     int sdqh, int sdqn, int sdkb, int sdkh, int sdkn, int sdvb, int sdvh, int sdvn, int H,
-    float scale, float again) {
+    int ahead, float scale, float again) {
     SHARED_MEMORY(memory);
     const Thread my(memory);
     const int b = blockIdx.x / H, h = blockIdx.x % H;
     const auto offset = [=](int sb, int sh) { return (long long)b * sb + (long long)h * sh; };
     copy_tile(my, 0, q + offset(sqb, sqh), sqn);
     copy_tile(my, GRADS, grad + offset(sgb, sgh), sgn);
-    if (SHARED) load_landmarks(my, exact, values, probe_lse);
+    if (SHARED) copy_values(my, values);
     commit();
     copy_tile(my, KEYS, k + offset(skb, skh), skn);
     copy_tile(my, VALUES, v + offset(svb, svh), svn);
     commit();
+    // all is asked for before anything is waited for
+    const int n = my.first + my.sub, query = min(n, N - 1), mark = min(my.lane, M - 1);
     uint4 outs[4];
+    int flags[FLAGS];
+    Landmarks landmarks;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         const int n = min(my.first + 4 * i + my.corner, N - 1);
         outs[i] = *(const uint4*)(out + offset(sob, soh) + (long long)n * son + 8 * my.eighth);
     }
-    int flags[FLAGS];
 #pragma unroll
     for (int i = 0; i < FLAGS; i++)
         flags[i] = members[my.head * M * K + min(my.thread + THREADS * i, M * K - 1)];
-    if (my.thread < NP) my.held()[my.thread] = 0;
+    if (SHARED) landmarks.ask(my, exact);
+    const float total = lse[my.head * N + query];
+    const int expert = route[my.head * N + query];
+    const float probe = SHARED ? probe_lse[my.head * M + mark] : 0.f;
+
+    if (my.side == 0) {
+        ((float*)&my.rows()[n >> 1])[n & 1] = n < N ? total : INFINITY;
+        my.experts()[n] = n < N ? 1u << expert : 0;
+        my.held()[n] = 0;
+    }
+    if (my.warp == 0) my.probe()[my.lane] = probe * LOG2E;
+    if (SHARED) landmarks.put_down(my);
     wait<1>();
     __syncwarp();
-    query_rows(my, outs, lse, route, scale);
+    query_rows(my, outs, scale);
     __syncthreads();  // landmarks, V~, zeros
 #pragma unroll
     for (int i = 0; i < FLAGS; i++)
@@ -51,18 +66,31 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mita_head_backward(
 
     u32 dshared[ES][4];
     float dkeys[8][4] = {}, dvalues[8][4] = {};
-    u32 keys[4][4], vals[4][4];
+    u32 keys[4][4];
     if (SHARED) {
         weigh_landmarks(my, again, again / scale, dshared);
         __syncthreads();  // weights, gradients of logits
         read_gradients(my);
     }
     wait<0>();
+    if (blockIdx.x + ahead < gridDim.x) {  // what a block that will come reads
+        const int b = (blockIdx.x + ahead) / H, h = (blockIdx.x + ahead) % H;
+        const auto row = [=](const u16* x, int sb, int sh, int sn) {
+            expect(x + (long long)b * sb + (long long)h * sh + (long long)query * sn + 32 * my.side);
+        };
+        row(q, sqb, sqh, sqn), row(grad, sgb, sgh, sgn), row(out, sob, soh, son);
+        row(k, skb, skh, skn), row(v, svb, svh, svn);
+        const auto all = [=](const void* x, int bytes) {  // of each head
+            const char* from = (const char*)x + (my.head + ahead) * bytes;
+            for (int at = 64 * my.thread; at < bytes; at += 64 * THREADS) expect(from + at);
+        };
+        all(members, M * K * 4), all(lse, N * 4), all(route, N * 4);
+        if (SHARED) all(exact, M * D * 4), all(values, M * D * 2);
+    }
     __syncthreads();  // k, v, bits, gradients of V~
     load_tile(my, keys, my.here + KEYS + my.first * ROW);
-    load_tile(my, vals, my.here + VALUES + my.first * ROW);
     if (SHARED) {
-        probe_keys(my, scale, keys, vals, dkeys, dvalues);
+        probe_keys(my, scale, keys, dkeys, dvalues);
         __syncthreads();  // gradients of scores
         landmark_gradients(my);
         __syncthreads();  // they are read
@@ -71,7 +99,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mita_head_backward(
     for (int part = 0; part < PARTS; part++) {
         const int begin = part * PART, count = min(PART, TILES - begin);
         if (part) __syncthreads();  // logits' gradients are read
-        attend_keys(my, begin, count, scale, keys, vals, dkeys, dvalues);
+        attend_keys(my, begin, count, scale, keys, dkeys, dvalues);
         if (part == PARTS - 1) {
             write_tile(my, dvalues, VALUES, dv + offset(sdvb, sdvh), sdvn);
             write_tile(my, dkeys, VALUES, dk + offset(sdkb, sdkh), sdkn);

@@ -4,6 +4,9 @@
 
 from __future__ import annotations
 
+import functools
+
+import torch
 from torch import Tensor
 
 from mitaswap.kernels import nvrtc
@@ -29,6 +32,11 @@ def shared_bytes(q: Tensor, sizes: Sizes, parts: int) -> int:
     logits = rows * (32 * ceil(tiles, parts) + 16)
     wide = 3 * rows * 80 if sizes.shared else 0
     return 4 * rows * 128 + (terms_of(q.dtype) + 2) * 32 * 128 + max(logits, wide) + 16 * rows + 32 * 20
+
+
+@functools.cache
+def multiprocessors(device: int) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def parts(q: Tensor, sizes: Sizes, room: int) -> int:
@@ -60,14 +68,14 @@ def fixed(q: Tensor, sizes: Sizes, parts: int) -> tuple[tuple[str, int], ...]:
 
 
 def arguments(
-    tensors: tuple[Tensor, ...], saved: Saved, scale: float, again: float
+    tensors: tuple[Tensor, ...], saved: Saved, ahead: int, scale: float, again: float
 ) -> list[Argument]:
-    """The kernel's arguments, in its order."""
+    """The kernel's arguments, in its order. ahead: blocks that the device holds at once."""
     read = (saved.lse, saved.values, saved.exact, saved.probe_lse, saved.members, saved.route)
     return [
         *map(pointer, (*tensors, *read)),
         *(whole(step) for x in tensors for step in steps(x)),
-        whole(tensors[0].shape[1]), real(scale), real(again),
+        whole(tensors[0].shape[1]), whole(ahead), real(scale), real(again),
     ]  # fmt: skip
 
 
@@ -84,5 +92,6 @@ def head_backward(
     cut = parts(q, sizes, room(q.device.index))
     numbers, bytes = fixed(q, sizes, cut), shared_bytes(q, sizes, cut)
     run = nvrtc.kernel("mita_head_backward.cu", numbers, bytes, q.device.index)
-    blocks = q.shape[0] * q.shape[1]
-    run(blocks, threads(q.shape[2]), arguments(tensors, saved, scale, again))
+    ahead = multiprocessors(q.device.index) * max(1, room(q.device.index) // bytes)
+    given = arguments(tensors, saved, ahead, scale, again)
+    run(q.shape[0] * q.shape[1], threads(q.shape[2]), given)

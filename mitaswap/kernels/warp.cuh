@@ -39,6 +39,11 @@ __device__ __forceinline__ float2 ask8(const float2* from) {
 
 __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
+// ask the second cache for what lies there; nothing waits for it
+__device__ __forceinline__ void expect(const void* from) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
+}
+
 // until all but the last `left` groups of copies are there, for this thread
 template <int left>
 __device__ __forceinline__ void wait() {

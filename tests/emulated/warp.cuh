@@ -37,7 +37,7 @@ using std::max;
 using std::min;
 
 struct Index { int x; };
-static Index threadIdx, blockIdx;
+static Index threadIdx, blockIdx, gridDim;
 
 union Word { u32 u; int i; float f; uintptr_t place; };
 struct Slot { Word word; const void* row; u32 a[4], b[2]; };
@@ -172,6 +172,7 @@ inline void copy16(Place to, const void* from, bool ok) {
 inline uint4 ask16(const uint4* from) { return *from; }
 inline float2 ask8(const float2* from) { return *from; }
 inline void put(Place to, u32 x) { *(u32*)to = x; }
+inline void expect(const void* from) { (void)*(volatile const char*)from; }  // must be there
 UNSEEN inline void set_bits(u32* word, u32 bits) { *word |= bits; }
 inline uint4 get16(Place from) { return *(uint4*)from; }
 inline void commit() { block.copies[block.current].emplace_back(); }
@@ -274,6 +275,7 @@ static void enter() {
 // runs `body` as all threads of all blocks, one block after the other
 inline void run(int blocks, int threads, int bytes, void (*body)()) {
     std::mt19937 random(0);
+    gridDim.x = blocks;
     block.memory = (char*)std::aligned_alloc(128, (bytes + 127) / 128 * 128);
     block.body = body;
     block.stacks.resize(threads);
