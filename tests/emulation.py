@@ -1,5 +1,5 @@
-"""Kernels in CUDA C++ on the CPU: their sources compiled with the headers in `emulated`, called as a
-device would call them. And the calls of MiTA's kernels for short sequences to try them with.
+"""Kernels in CUDA C++ on the CPU: their sources compiled with the headers in `emulated`, called as
+a device would call them. And the calls of MiTA's kernels for short sequences to try them with.
 """
 
 from __future__ import annotations
@@ -62,6 +62,13 @@ def sizes_of(case: Case) -> Sizes:
     windows = pool_shape(o.m, case.layout.grid, o.pool)
     first = 0 if o.landmark_tokens == "released" else case.layout.prefix
     return Sizes(first, *case.layout.grid, *windows, o.k, o.s, int(o.variant == "full"))
+
+
+def scales_of(case: Case, dim: int = 64) -> tuple[float, float]:
+    """Factors of routed and of shared logits."""
+    scale = dim**-0.5
+    released = mechanism(case.spec).options.shared_scale == "released"
+    return scale, scale * scale if released else scale
 
 
 def inputs_of(case: Case, batch: int = 2, heads: int = 1) -> tuple[Tensor, ...]:
@@ -134,7 +141,7 @@ def emulate_forward(
 ) -> tuple[Tensor, Saved]:
     """The output and what is saved."""
     sizes, (batch, heads, tokens, dim) = sizes_of(case), q.shape
-    bh, m, scale = batch * heads, sizes.m, dim**-0.5
+    bh, m = batch * heads, sizes.m
     half, whole = q.dtype, torch.int32
     saved = Saved(
         unwritten(bh, tokens), unwritten(bh, m, dim, dtype=half), unwritten(bh, m, dim, dtype=half),
@@ -146,28 +153,28 @@ def emulate_forward(
     emulator.launch(
         "mita_head", mita_head.fixed(q, sizes, save), bh, mita_head.THREADS,
         mita_head.shared_bytes(tokens, m, half),
-        mita_head.arguments(q, k, v, out, saved if save else None, scale, scale),
+        mita_head.arguments(q, k, v, out, saved if save else None, *scales_of(case)),
     )  # fmt: skip
     return out, saved
 
 
 def emulate_backward(
     emulator: Emulator, case: Case, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor,
-    saved: Saved, room: int = 227 * 1024,
+    saved: Saved, cut: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k and v.
 
     Args:
-        room: bytes of shared memory that a block may have.
+        cut: parts in which those of q are computed; as few as an H100 has room for by default.
     """
-    sizes, scale = sizes_of(case), q.shape[-1] ** -0.5
+    sizes = sizes_of(case)
     batch, heads, tokens, dim = q.shape
-    cut = mita_head_backward.parts(q, sizes, room)
+    cut = cut or mita_head_backward.parts(q, sizes, 227 * 1024)
     shape = (batch, tokens, heads, dim)
     made = tuple(unwritten(*shape, dtype=q.dtype).transpose(1, 2) for _ in range(3))
     emulator.launch(
         "mita_head_backward", mita_head_backward.fixed(q, sizes, cut), batch * heads,
         mita_head_backward.threads(tokens), mita_head_backward.shared_bytes(q, sizes, cut),
-        mita_head_backward.arguments((grad, q, k, v, out, *made), saved, 1, scale, scale),
+        mita_head_backward.arguments((grad, q, k, v, out, *made), saved, 1, *scales_of(case)),
     )  # fmt: skip
     return made

@@ -32,6 +32,7 @@ from mitaswap.kernels.mita_call import Sizes
 from mitaswap.mechanisms import mechanism
 from mitaswap.tokens import TokenLayout
 
+
 @pytest.fixture(scope="module")
 def emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
     return Emulator(tmp_path_factory.mktemp("emulated"))
@@ -114,7 +115,9 @@ def test_the_largest_are_chosen_and_of_equals_the_first(
 
 @needs_compiler
 @pytest.mark.parametrize("top", [5, 17, 31])
-def test_experts_of_one_warp_are_chosen_each_by_its_own_scores(top: int, emulator: Emulator) -> None:
+def test_experts_of_one_warp_are_chosen_each_by_its_own_scores(
+    top: int, emulator: Emulator
+) -> None:
     case = Case(f"mita(m=8,k={top},pool=2x4)", TokenLayout(0, (8, 12)))
     q, k, v = (x[:1].clone() for x in inputs_of(case))
     q.zero_()

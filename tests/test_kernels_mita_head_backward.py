@@ -22,7 +22,6 @@ from emulation import (
     emulate_forward,
     inputs_of,
     needs_compiler,
-    sizes_of,
 )
 from torch import Tensor
 
@@ -31,7 +30,16 @@ from mitaswap.kernels.mita_call import Sizes
 from mitaswap.mechanisms import mechanism
 from mitaswap.tokens import TokenLayout
 
-LEAST_ROOM, ROOM = 99 * 1024, 227 * 1024
+HERE = [*CASES, Case("mita(m=9,k=7,shared_scale=released)", TokenLayout(1, (6, 7)))]
+RACED = [
+    Case("mita(m=9,k=7)", TokenLayout(1, (6, 7)), BF16),
+    Case("mita(m=20,k=11,pool=4x5)", TokenLayout(0, (8, 9))),
+    Case("mita(m=12,k=30,variant=route-only)", TokenLayout(0, (7, 9))),
+]
+
+
+def name(case: Case) -> str:
+    return f"{case.spec} {case.layout} {case.dtype}"
 
 
 @pytest.fixture(scope="module")
@@ -49,20 +57,120 @@ def gradient_of_output(out: Tensor) -> Tensor:
     return torch.randn(out.shape, generator=torch.Generator().manual_seed(5)).to(out.dtype)
 
 
-@needs_compiler
-@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.spec} {c.layout} {c.dtype}")
-def test_agrees_with_the_reference(case: Case, emulator: Emulator) -> None:
+def gradients(
+    forward: Emulator,
+    case: Case,
+    grad: Tensor | None = None,
+    cut: int | None = None,
+    backward: Emulator | None = None,
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Those of the kernel, and the reference's."""
     given = inputs_of(case)
-    out, saved = emulate_forward(emulator, case, *given)
-    grad = gradient_of_output(out)
-    found = emulate_backward(emulator, case, grad, *given, out, saved)
-    for ours, theirs in zip(found, wanted_gradients(case, grad, *given), strict=True):
-        print(((ours.double() - theirs).norm() / theirs.norm() / UNIT[case.dtype]).item())
+    out, saved = emulate_forward(forward, case, *given)
+    grad = gradient_of_output(out) if grad is None else grad
+    found = emulate_backward(backward or forward, case, grad, *given, out, saved, cut)
+    return found, wanted_gradients(case, grad, *given)
+
+
+def assert_close(case: Case, found: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> None:
+    for ours, theirs in zip(found, wanted, strict=True):
         assert (ours.double() - theirs).norm() <= 4 * UNIT[case.dtype] * theirs.norm()
 
 
+@needs_compiler
+@pytest.mark.parametrize("case", HERE, ids=name)
+def test_agrees_with_the_reference(case: Case, emulator: Emulator) -> None:
+    assert_close(case, *gradients(emulator, case))
+
+
+@needs_compiler
+@pytest.mark.parametrize("case, cut", [(HERE[3], 2), (HERE[3], 4), (HERE[4], 3)], ids=str)
+def test_agrees_in_parts(case: Case, cut: int, emulator: Emulator) -> None:
+    assert_close(case, *gradients(emulator, case, cut=cut))
+
+
+@needs_compiler
+def test_takes_a_gradient_that_is_one_row_everywhere(emulator: Emulator) -> None:
+    case = HERE[2]
+    row = gradient_of_output(torch.empty(1, 1, 1, 64, dtype=case.dtype))
+    grad = row.expand(2, 1, case.layout.tokens, 64)
+    assert mita_head_backward.plain(grad)
+    assert_close(case, *gradients(emulator, case, grad))
+
+
+@needs_compiler
+@pytest.mark.parametrize("case, cut", zip(RACED, [1, 2, 2], strict=True), ids=str)
+def test_all_accesses_to_shared_memory_are_in_order(
+    case: Case, cut: int, emulator: Emulator, tmp_path: Path
+) -> None:
+    watching = Emulator(tmp_path, races=True)
+    assert_close(case, *gradients(emulator, case, cut=cut, backward=watching))
+    watching.assert_in_order()
+
+
+BARRIERS = [(0, 2), (1, 2), (2, 2), (3, 2), (4, 1), (5, 2), (6, 2)]  # and in how many parts
+ORDERS = [
+    *(("mita_head_backward.cu", "__syncthreads();", *x) for x in BARRIERS),
+    ("mita_head_backward.cu", "wait<1>();", 0, 1),
+    ("mita_head_backward.cu", "wait<0>();", 0, 1),
+    ("mita_back_parts.cuh", "__syncwarp();", 0, 1),
+    ("mita_back_parts.cuh", "__syncwarp();", 1, 1),
+]
+
+
+@needs_compiler
+@pytest.mark.parametrize(("file", "order", "which", "cut"), ORDERS)
+def test_what_puts_accesses_in_order_is_missed(
+    file: str, order: str, which: int, cut: int, emulator: Emulator, tmp_path: Path
+) -> None:
+    shutil.copytree(KERNELS, tmp_path / "kernels")
+    path = tmp_path / "kernels" / file
+    parts = path.read_text().split(order)
+    assert len(parts) - 1 == sum(x[:2] == (file, order) for x in ORDERS)
+    path.write_text(order.join(parts[: which + 1]) + order.join(parts[which + 1 :]))
+    watching = Emulator(tmp_path, races=True, kernels=path.parent)
+    with pytest.raises(AssertionError):
+        assert_close(RACED[0], *gradients(emulator, RACED[0], cut=cut, backward=watching))
+        watching.assert_in_order()
+
+
+USUAL = Sizes(1, 14, 14, 5, 5, 25, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "dtype", "sizes", "room", "parts"),
+    [
+        (196, F16, USUAL, 227, 1),
+        (197, BF16, USUAL, 227, 1),
+        (256, BF16, USUAL, 227, 2),
+        (256, F16, USUAL._replace(shared=0), 227, 2),
+        (197, BF16, USUAL, 163, 0),  # of an A100
+        (176, BF16, USUAL, 163, 2),
+        (65, F16, USUAL, 99, 1),
+    ],
+)
+def test_parts_that_a_block_has_room_for(
+    tokens: int, dtype: torch.dtype, sizes: Sizes, room: int, parts: int
+) -> None:
+    q = torch.empty(1, 1, tokens, 64, dtype=dtype)
+    assert mita_head_backward.parts(q, sizes, room * 1024) == parts
+
+
+def test_is_for_cuda_devices() -> None:
+    q = torch.empty(1, 1, 197, 64, dtype=F16)
+    assert not mita_head_backward.fits((q,) * 8, USUAL, 0.1, 0.1)
+
+
+@pytest.mark.skipif(not nvrtc.available(), reason="no compiler for CUDA")
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
+def test_compiles_for_devices(dtype: torch.dtype, arch: str) -> None:
+    numbers = mita_head_backward.fixed(torch.empty(1, 1, 197, 64, dtype=dtype), USUAL, 1)
+    assert b"mita_head_backward" in nvrtc.compiled("mita_head_backward.cu", arch, numbers)
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.spec} {c.layout} {c.dtype}")
+@pytest.mark.parametrize("case", HERE, ids=name)
 def test_on_a_device(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     from mitaswap.kernels import mita_plan
 
@@ -70,10 +178,11 @@ def test_on_a_device(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = mita_plan.head_backward
     monkeypatch.setattr(mita_plan, "head_backward", lambda *a: taken.append(1) or whole(*a))
     given = tuple(x.cuda().requires_grad_() for x in inputs_of(case, 3, 2))
-    out = mechanism(mechanism(case.spec).spec.with_options(impl="fused"))(*given, layout=case.layout)
+    out = mechanism(mechanism(case.spec).spec.with_options(impl="fused"))(
+        *given, layout=case.layout
+    )
     grad = torch.randn_like(out)
     found, again = (torch.autograd.grad(out, given, grad, retain_graph=True) for _ in range(2))
     assert len(taken) == 2
-    for ours, same, theirs in zip(found, again, wanted_gradients(case, grad, *given), strict=True):
-        assert torch.equal(ours, same)
-        assert (ours.double() - theirs).norm() <= 4 * UNIT[case.dtype] * theirs.norm()
+    assert all(map(torch.equal, found, again))
+    assert_close(case, found, wanted_gradients(case, grad, *given))

@@ -3,7 +3,8 @@
 #include <mita_head_rows.cuh>
 
 constexpr int TILES = NP / 16, WARPS = TILES, THREADS = 32 * WARPS;  // 16 tokens a warp
-constexpr int PART = (TILES + PARTS - 1) / PARTS;   // tiles of queries whose gradients are there
+// tiles of queries whose logits' gradients are there at once, and how often
+constexpr int PART = (TILES + PARTS - 1) / PARTS, ROUNDS = (TILES + PART - 1) / PART;
 constexpr int ES = SHARED ? (M + 15) / 16 : 1;      // steps of 16 landmarks
 constexpr int FLAGS = (M * K + THREADS - 1) / THREADS;  // members that a thread marks
 

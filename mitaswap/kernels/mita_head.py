@@ -26,7 +26,9 @@ def shared_bytes(tokens: int, m: int, dtype: torch.dtype) -> int:
     """Shared memory of a block: BYTES of `mita_head.cu`."""
     rows = ceil(tokens, 16) * 16
     scores = m * max(40, rows + 8) * 4
-    return 3 * rows * 128 + scores + terms_of(dtype) * 32 * 128 + m * 32 + 2 * 256 + 2 * 128 + 52 * 4
+    return (
+        3 * rows * 128 + scores + terms_of(dtype) * 32 * 128 + m * 32 + 2 * 256 + 2 * 128 + 52 * 4
+    )
 
 
 def steps(x: Tensor) -> list[int]:

@@ -56,8 +56,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mita_head_backward(
     }
     if (my.warp == 0) my.probe()[my.lane] = probe * LOG2E;
     if (SHARED) landmarks.put_down(my);
-    wait<1>();
-    __syncwarp();
+    wait<1>();  // each lane for what it has copied
     query_rows(my, outs, scale);
     __syncthreads();  // landmarks, V~, zeros
 #pragma unroll
@@ -96,11 +95,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mita_head_backward(
         __syncthreads();  // they are read
     }
 #pragma unroll
-    for (int part = 0; part < PARTS; part++) {
+    for (int part = 0; part < ROUNDS; part++) {
         const int begin = part * PART, count = min(PART, TILES - begin);
         if (part) __syncthreads();  // logits' gradients are read
         attend_keys(my, begin, count, scale, keys, dkeys, dvalues);
-        if (part == PARTS - 1) {
+        if (part == ROUNDS - 1) {
             write_tile(my, dvalues, VALUES, dv + offset(sdvb, sdvh), sdvn);
             write_tile(my, dkeys, VALUES, dk + offset(sdkb, sdkh), sdkn);
         }

@@ -31,7 +31,13 @@ def shared_bytes(q: Tensor, sizes: Sizes, parts: int) -> int:
     rows = 16 * tiles
     logits = rows * (32 * ceil(tiles, parts) + 16)
     wide = 3 * rows * 80 if sizes.shared else 0
-    return 4 * rows * 128 + (terms_of(q.dtype) + 2) * 32 * 128 + max(logits, wide) + 16 * rows + 32 * 20
+    return (
+        4 * rows * 128
+        + (terms_of(q.dtype) + 2) * 32 * 128
+        + max(logits, wide)
+        + 16 * rows
+        + 32 * 20
+    )
 
 
 @functools.cache
