@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mitaswap.kernels import mita_head, mita_head_backward
 from mitaswap.kernels.mita_call import Saved, Sizes
+from mitaswap.kernels.mita_head_backward import Shape
 from mitaswap.kernels.nvrtc import Argument
 from mitaswap.mechanisms import mechanism
 from mitaswap.operators.pool import pool_shape
@@ -160,21 +161,22 @@ def emulate_forward(
 
 def emulate_backward(
     emulator: Emulator, case: Case, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor,
-    saved: Saved, cut: int | None = None,
+    saved: Saved, shape: Shape | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k and v.
 
     Args:
-        cut: parts in which those of q are computed; as few as an H100 has room for by default.
+        shape: how a head is cut; as on an H100 by default.
     """
     sizes = sizes_of(case)
     batch, heads, tokens, dim = q.shape
-    cut = cut or mita_head_backward.parts(q, sizes, 227 * 1024)
-    shape = (batch, tokens, heads, dim)
-    made = tuple(unwritten(*shape, dtype=q.dtype).transpose(1, 2) for _ in range(3))
+    shape = shape or mita_head_backward.shape_of(q, sizes, 227 * 1024)
+    assert shape is not None
+    like = (batch, tokens, heads, dim)
+    made = tuple(unwritten(*like, dtype=q.dtype).transpose(1, 2) for _ in range(3))
     emulator.launch(
-        "mita_head_backward", mita_head_backward.fixed(q, sizes, cut), batch * heads,
-        mita_head_backward.threads(tokens), mita_head_backward.shared_bytes(q, sizes, cut),
+        "mita_head_backward", mita_head_backward.fixed(q, sizes, shape), batch * heads,
+        shape.threads(tokens), shape.shared_bytes(q, sizes),
         mita_head_backward.arguments((grad, q, k, v, out, *made), saved, 1, *scales_of(case)),
     )  # fmt: skip
     return made

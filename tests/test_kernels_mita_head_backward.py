@@ -27,6 +27,7 @@ from torch import Tensor
 
 from mitaswap.kernels import mita_head_backward, nvrtc
 from mitaswap.kernels.mita_call import Sizes
+from mitaswap.kernels.mita_head_backward import Shape
 from mitaswap.mechanisms import mechanism
 from mitaswap.tokens import TokenLayout
 
@@ -61,14 +62,14 @@ def gradients(
     forward: Emulator,
     case: Case,
     grad: Tensor | None = None,
-    cut: int | None = None,
+    shape: Shape | None = None,
     backward: Emulator | None = None,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Those of the kernel, and the reference's."""
     given = inputs_of(case)
     out, saved = emulate_forward(forward, case, *given)
     grad = gradient_of_output(out) if grad is None else grad
-    found = emulate_backward(backward or forward, case, grad, *given, out, saved, cut)
+    found = emulate_backward(backward or forward, case, grad, *given, out, saved, shape)
     return found, wanted_gradients(case, grad, *given)
 
 
@@ -84,9 +85,18 @@ def test_agrees_with_the_reference(case: Case, emulator: Emulator) -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("case, cut", [(HERE[3], 2), (HERE[3], 4), (HERE[4], 3)], ids=str)
-def test_agrees_in_parts(case: Case, cut: int, emulator: Emulator) -> None:
-    assert_close(case, *gradients(emulator, case, cut=cut))
+@pytest.mark.parametrize(
+    ("case", "shape"),
+    [
+        (HERE[3], Shape(1, 2)),
+        (HERE[3], Shape(2, 3)),
+        (HERE[4], Shape(1, 3)),
+        (HERE[8], Shape(2, 4)),
+    ],
+    ids=str,
+)
+def test_agrees_however_it_is_cut(case: Case, shape: Shape, emulator: Emulator) -> None:
+    assert_close(case, *gradients(emulator, case, shape=shape))
 
 
 @needs_compiler
@@ -99,12 +109,16 @@ def test_takes_a_gradient_that_is_one_row_everywhere(emulator: Emulator) -> None
 
 
 @needs_compiler
-@pytest.mark.parametrize("case, cut", zip(RACED, [1, 2, 2], strict=True), ids=str)
+@pytest.mark.parametrize(
+    ("case", "shape"),
+    [(RACED[0], Shape(2, 1)), (RACED[1], Shape(2, 2)), (RACED[2], Shape(1, 2))],
+    ids=str,
+)
 def test_all_accesses_to_shared_memory_are_in_order(
-    case: Case, cut: int, emulator: Emulator, tmp_path: Path
+    case: Case, shape: Shape, emulator: Emulator, tmp_path: Path
 ) -> None:
     watching = Emulator(tmp_path, races=True)
-    assert_close(case, *gradients(emulator, case, cut=cut, backward=watching))
+    assert_close(case, *gradients(emulator, case, shape=shape, backward=watching))
     watching.assert_in_order()
 
 
@@ -119,18 +133,20 @@ ORDERS = [
 
 
 @needs_compiler
-@pytest.mark.parametrize(("file", "order", "which", "cut"), ORDERS)
+@pytest.mark.parametrize(("file", "order", "which", "parts"), ORDERS)
 def test_what_puts_accesses_in_order_is_missed(
-    file: str, order: str, which: int, cut: int, emulator: Emulator, tmp_path: Path
+    file: str, order: str, which: int, parts: int, emulator: Emulator, tmp_path: Path
 ) -> None:
     shutil.copytree(KERNELS, tmp_path / "kernels")
     path = tmp_path / "kernels" / file
-    parts = path.read_text().split(order)
-    assert len(parts) - 1 == sum(x[:2] == (file, order) for x in ORDERS)
-    path.write_text(order.join(parts[: which + 1]) + order.join(parts[which + 1 :]))
+    text = path.read_text().split(order)
+    assert len(text) - 1 == sum(x[:2] == (file, order) for x in ORDERS)
+    path.write_text(order.join(text[: which + 1]) + order.join(text[which + 1 :]))
     watching = Emulator(tmp_path, races=True, kernels=path.parent)
     with pytest.raises(AssertionError):
-        assert_close(RACED[0], *gradients(emulator, RACED[0], cut=cut, backward=watching))
+        shape = Shape(2, parts)
+        found = gradients(emulator, RACED[0], shape=shape, backward=watching)
+        assert_close(RACED[0], *found)
         watching.assert_in_order()
 
 
@@ -138,22 +154,24 @@ USUAL = Sizes(1, 14, 14, 5, 5, 25, 1, 1)
 
 
 @pytest.mark.parametrize(
-    ("tokens", "dtype", "sizes", "room", "parts"),
+    ("tokens", "dtype", "sizes", "room", "shape"),
     [
-        (196, F16, USUAL, 227, 1),
-        (197, BF16, USUAL, 227, 1),
-        (256, BF16, USUAL, 227, 2),
-        (256, F16, USUAL._replace(shared=0), 227, 2),
-        (197, BF16, USUAL, 163, 0),  # of an A100
-        (176, BF16, USUAL, 163, 2),
-        (65, F16, USUAL, 99, 1),
+        (196, F16, USUAL, 227, Shape(2, 1)),
+        (197, BF16, USUAL, 227, Shape(2, 1)),
+        (256, BF16, USUAL, 227, Shape(2, 2)),
+        (256, F16, USUAL._replace(shared=0), 227, Shape(2, 2)),
+        (128, F16, USUAL, 227, Shape(1, 1)),
+        (100, F16, USUAL, 227, Shape(2, 1)),
+        (197, BF16, USUAL, 163, None),  # of an A100
+        (176, BF16, USUAL, 163, Shape(1, 2)),
+        (65, F16, USUAL, 99, Shape(1, 1)),
     ],
 )
-def test_parts_that_a_block_has_room_for(
-    tokens: int, dtype: torch.dtype, sizes: Sizes, room: int, parts: int
+def test_is_cut_for_the_room_that_there_is(
+    tokens: int, dtype: torch.dtype, sizes: Sizes, room: int, shape: Shape | None
 ) -> None:
     q = torch.empty(1, 1, tokens, 64, dtype=dtype)
-    assert mita_head_backward.parts(q, sizes, room * 1024) == parts
+    assert mita_head_backward.shape_of(q, sizes, room * 1024) == shape
 
 
 def test_is_for_cuda_devices() -> None:
@@ -165,7 +183,7 @@ def test_is_for_cuda_devices() -> None:
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
 def test_compiles_for_devices(dtype: torch.dtype, arch: str) -> None:
-    numbers = mita_head_backward.fixed(torch.empty(1, 1, 197, 64, dtype=dtype), USUAL, 1)
+    numbers = mita_head_backward.fixed(torch.empty(1, 1, 197, 64, dtype=dtype), USUAL, Shape(2, 1))
     assert b"mita_head_backward" in nvrtc.compiled("mita_head_backward.cu", arch, numbers)
 
 

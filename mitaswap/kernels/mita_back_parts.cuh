@@ -2,9 +2,11 @@
 #pragma once
 #include <mita_head_rows.cuh>
 
-constexpr int TILES = NP / 16, WARPS = TILES, THREADS = 32 * WARPS;  // 16 tokens a warp
-// tiles of queries whose logits' gradients are there at once, and how often
-constexpr int PART = (TILES + PARTS - 1) / PARTS, ROUNDS = (TILES + PART - 1) / PART;
+constexpr int TILES = NP / 16;                      // of 16 tokens, OWN of them a warp's
+constexpr int WARPS = (TILES + OWN - 1) / OWN, THREADS = 32 * WARPS;
+// warps whose queries' logits have gradients there at once, their tiles, and how often
+constexpr int AT_ONCE = (WARPS + PARTS - 1) / PARTS, ROUNDS = (WARPS + AT_ONCE - 1) / AT_ONCE;
+constexpr int PART = OWN * AT_ONCE < TILES ? OWN * AT_ONCE : TILES;
 constexpr int ES = SHARED ? (M + 15) / 16 : 1;      // steps of 16 landmarks
 constexpr int FLAGS = (M * K + THREADS - 1) / THREADS;  // members that a thread marks
 
@@ -28,9 +30,10 @@ constexpr int DPROBE = PROBE + 32 * 4;              // float4 [32]: gradient of 
 constexpr int BYTES = DPROBE + 32 * 16;
 
 struct Thread : Lane {
-    int first;  // token of its warp
-
-    __device__ explicit Thread(char* memory) : Lane(memory), first(16 * warp) {}
+    __device__ explicit Thread(char* memory) : Lane(memory) {}
+    // first token of its warp's tiles; the last tile twice where there is but one
+    __device__ int first(int own) const { return 16 * min(OWN * warp + own, TILES - 1); }
+    __device__ bool twice(int own) const { return OWN * warp + own >= TILES; }
     __device__ float4* rows() const { return (float4*)(memory + ROWS); }
     __device__ u32* experts() const { return (u32*)(memory + EXPERTS); }
     __device__ u32* held() const { return (u32*)(memory + HELD); }
@@ -38,10 +41,18 @@ struct Thread : Lane {
     __device__ float4* dprobe() const { return (float4*)(memory + DPROBE); }
 };
 
-// 16 rows as first operands of four steps
-__device__ __forceinline__ void load_tile(const Thread& my, u32 (&a)[4][4], Place rows) {
+// operands of the warp's tiles: 16 rows of D halves, in four steps
+typedef u32 Rows[OWN][4][4];
+// sums of the warp's tiles, [16, D]
+typedef float Sums[OWN][8][4];
+
+// the warp's tiles of rows as first operands
+__device__ __forceinline__ void load_tiles(const Thread& my, Rows& a, Place rows) {
 #pragma unroll
-    for (int s = 0; s < 4; s++) load4(a[s], chunk(rows, my.sub, my.side) ^ 32 * s);
+    for (int own = 0; own < OWN; own++)
+#pragma unroll
+        for (int s = 0; s < 4; s++)
+            load4(a[own][s], (rows + my.first(own) * ROW + (chunk(0, my.sub, my.side) ^ 32 * s)));
 }
 
 // 16 x 16 of rows of `stride` bytes, transposed, as a first operand
@@ -52,33 +63,38 @@ __device__ __forceinline__ void load_turned(const Thread& my, u32 (&a)[4], Place
 // c [16, 8 tiles] += a [16, 64] x transposed rows [8 tiles, 64]
 template <int tiles>
 __device__ __forceinline__ void times_turned(
-    const Thread& my, float (&c)[tiles][4], const u32 (&a)[4][4], Place rows) {
+    const Thread& my, float (&c)[OWN][tiles][4], const Rows& a, Place rows) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         u32 r[tiles][4];
 #pragma unroll
         for (int j = 0; j < tiles; j++)
-            load4(r[j], (chunk(rows, my.eighth, my.corner) ^ 64 * half) + 8 * j * ROW);
+            load4(r[j], rows + (chunk(0, my.eighth, my.corner) ^ 64 * half) + 8 * j * ROW);
 #pragma unroll
         for (int s = 0; s < 2; s++)
 #pragma unroll
             for (int j = 0; j < tiles; j++)
-                multiply(c[j], a[2 * half + s], r[j][2 * s], r[j][2 * s + 1]);
+#pragma unroll
+                for (int own = 0; own < OWN; own++)
+                    multiply(c[own][j], a[own][2 * half + s], r[j][2 * s], r[j][2 * s + 1]);
     }
 }
 
 // c [16, 64] += a [16, 16 steps] x rows [16 steps, 64]
 template <int steps>
 __device__ __forceinline__ void times(
-    const Thread& my, float (&c)[8][4], const u32 (&a)[steps][4], Place rows) {
+    const Thread& my, Sums& c, const u32 (&a)[OWN][steps][4], Place rows) {
 #pragma unroll
     for (int s = 0; s < steps; s++)
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             u32 r[4];
-            load4t(r, (chunk(rows, my.sub, my.side) ^ 32 * j) + 16 * s * ROW);
-            multiply(c[2 * j], a[s], r[0], r[1]);
-            multiply(c[2 * j + 1], a[s], r[2], r[3]);
+            load4t(r, rows + (chunk(0, my.sub, my.side) ^ 32 * j) + 16 * s * ROW);
+#pragma unroll
+            for (int own = 0; own < OWN; own++) {
+                multiply(c[own][2 * j], a[own][s], r[0], r[1]);
+                multiply(c[own][2 * j + 1], a[own][s], r[2], r[3]);
+            }
         }
 }
 
@@ -88,32 +104,39 @@ __device__ __forceinline__ void operand(u32 (&a)[4], const float (&left)[4], con
     a[2] = pack(right[0], right[1]), a[3] = pack(right[2], right[3]);
 }
 
-// Begin to copy the warp's rows, zeros beyond N.
-__device__ __forceinline__ void copy_tile(const Thread& my, int to, const u16* from, int stride) {
+// Begin to copy the warp's rows, zeros beyond N. from: of the head.
+__device__ __forceinline__ void copy_tiles(const Thread& my, int to, const u16* from, int stride) {
+    const int n = my.first(0) + my.corner;
+    const Place at = chunk(my.here + to, n, my.eighth);
+    from += (long long)n * stride + 8 * my.eighth;
 #pragma unroll
-    for (int i = 0; i < 16; i += 4) {
-        const int n = my.first + i + my.corner;
-        const u16* row = from + (long long)min(n, N - 1) * stride + 8 * my.eighth;
-        copy16(chunk(my.here + to, n, my.eighth), row, n < N);
+    for (int i = 0; i < 16 * OWN; i += 4, from += 4 * (long long)stride) {
+        if (my.twice(i / 16)) break;
+        copy16((at ^ 64 * (i / 4 % 2)) + i * ROW, from, n + i < N);
     }
 }
 
 // Write the warp's rows, through its rows of shared memory, which nobody else reads.
-__device__ __forceinline__ void write_tile(
-    const Thread& my, const float (&c)[8][4], int through, u16* to, int stride) {
-    const Place rows = my.here + through + my.first * ROW;
+__device__ __forceinline__ void write_tiles(
+    const Thread& my, const Sums& c, int through, u16* to, int stride) {
+    const Place rows = my.here + through + my.first(0) * ROW;
     __syncwarp();
 #pragma unroll
-    for (int s = 0; s < 4; s++) {
-        u32 r[4];
-        operand(r, c[2 * s], c[2 * s + 1]);
-        store4(chunk(rows, my.sub, my.side) ^ 32 * s, r);
-    }
-    __syncwarp();
+    for (int own = 0; own < OWN; own++)
 #pragma unroll
-    for (int i = 0; i < 16; i += 4) {
-        const int n = my.first + i + my.corner;
-        const uint4 row = get16(chunk(rows, i + my.corner, my.eighth));
-        if (n < N) *(uint4*)(to + (long long)n * stride + 8 * my.eighth) = row;
+        for (int s = 0; s < 4 && !my.twice(own); s++) {
+            u32 r[4];
+            operand(r, c[own][2 * s], c[own][2 * s + 1]);
+            store4(rows + 16 * own * ROW + (chunk(0, my.sub, my.side) ^ 32 * s), r);
+        }
+    __syncwarp();
+    const int n = my.first(0) + my.corner;
+    const Place from = chunk(rows, my.corner, my.eighth);
+    to += (long long)n * stride + 8 * my.eighth;
+#pragma unroll
+    for (int i = 0; i < 16 * OWN; i += 4, to += 4 * (long long)stride) {
+        if (my.twice(i / 16)) break;
+        const uint4 row = get16((from ^ 64 * (i / 4 % 2)) + i * ROW);
+        if (n + i < N) *(uint4*)to = row;
     }
 }

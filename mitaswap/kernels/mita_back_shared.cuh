@@ -51,161 +51,174 @@ struct Landmarks {
     }
 };
 
-// c [16, 16 ES] = 16 rows x landmarks
-__device__ __forceinline__ void times_landmarks(
-    const Thread& my, float (&c)[2 * ES][4], const u32 (&a)[4][4]) {
+// of the warp's tiles: sums [16, 16 ES], as they lie and as first operands
+typedef float WideSums[OWN][2 * ES][4];
+typedef u32 Wide[OWN][ES][4];
+
+// c = rows x landmarks
+__device__ __forceinline__ void times_landmarks(const Thread& my, WideSums& c, const Rows& a) {
 #pragma unroll
     for (int term = TERMS - 1; term >= 0; term--) {
         times_turned(my, c, a, my.here + MARKS + term * TERM);
         if (!BF16 && term)
 #pragma unroll
-            for (int i = 0; i < 8 * ES; i++) c[i / 4][i % 4] *= 1.f / 2048.f;
+            for (int i = 0; i < OWN * 8 * ES; i++)
+                c[i / (8 * ES)][i / 4 % (2 * ES)][i % 4] *= 1.f / 2048.f;
     }
 }
 
-// [16, 16 ES] into the warp's rows
-__device__ __forceinline__ void put_wide(const Thread& my, int to, const u32 (&a)[ES][4]) {
+__device__ __forceinline__ void operands(Wide& a, const WideSums& c) {
 #pragma unroll
-    for (int s = 0; s < ES; s++)
-        store4(my.here + to + (my.first + my.sub) * WIDE + 32 * s + 16 * my.side, a[s]);
+    for (int i = 0; i < OWN * ES; i++)
+        operand(a[i / ES][i % ES], c[i / ES][2 * (i % ES)], c[i / ES][2 * (i % ES) + 1]);
+}
+
+// into the warp's rows
+__device__ __forceinline__ void put_wide(const Thread& my, int to, const Wide& a) {
+#pragma unroll
+    for (int i = 0; i < OWN * ES; i++)
+        store4(my.here + to + (my.first(i / ES) + my.sub) * WIDE + 32 * (i % ES) + 16 * my.side,
+               a[i / ES][i % ES]);
 }
 
 // The weights of landmarks for the warp's queries, and the gradients of their logits, which remain.
-// delta: of `rows`, in `again`s.
+// ratio: of the scales, in one of which `rows` has the gradients of the softmax's sums.
 __device__ __forceinline__ void weigh_landmarks(
-    const Thread& my, float again, float ratio, u32 (&dlogits)[ES][4]) {
-    float weights[2 * ES][4] = {}, d[2 * ES][4] = {};
-    u32 a[4][4];
-    load_tile(my, a, my.here + my.first * ROW);
+    const Thread& my, float again, float ratio, Wide& dlogits) {
+    WideSums weights = {}, d = {};
+    Rows a;
+    load_tiles(my, a, my.here);
     times_landmarks(my, weights, a);
-    load_tile(my, a, my.here + GRADS + my.first * ROW);
+    load_tiles(my, a, my.here + GRADS);
     times_turned(my, d, a, my.here + READ);
 #pragma unroll
-    for (int upper = 0; upper < 2; upper++) {
-        const int n = my.first + my.g + 8 * upper;
+    for (int i = 0; i < 2 * OWN; i++) {
+        const int own = i / 2, upper = i % 2, n = my.first(own) + my.g + 8 * upper;
         const float4 two = my.rows()[n >> 1];
         const float lse = n & 1 ? two.y : two.x, delta = (n & 1 ? two.w : two.z) * ratio;
 #pragma unroll
         for (int j = 0; j < 2 * ES; j++)
 #pragma unroll
             for (int l = 0; l < 2; l++) {
-                float& x = weights[j][2 * upper + l];
+                float& x = weights[own][j][2 * upper + l];
+                float& y = d[own][j][2 * upper + l];
                 x = power_of_two(x * again * LOG2E - lse);
                 if (8 * j + 8 > M && 8 * j + 2 * my.t + l >= M) x = 0.f;
-                d[j][2 * upper + l] = x * (d[j][2 * upper + l] * again - delta);
+                y = x * (y * again - delta);
             }
     }
-#pragma unroll
-    for (int s = 0; s < ES; s++) operand(dlogits[s], d[2 * s], d[2 * s + 1]);
-    put_wide(my, DWEIGHTS, dlogits);
-    u32 packed[ES][4];
-#pragma unroll
-    for (int s = 0; s < ES; s++) operand(packed[s], weights[2 * s], weights[2 * s + 1]);
+    Wide packed;
+    operands(packed, weights);
     put_wide(my, WEIGHTS, packed);
+    operands(dlogits, d);
+    put_wide(my, DWEIGHTS, dlogits);
 }
 
-// Units of 16 landmarks and 16 channels: sums over all tokens, c += transposed [N, 32] x rows
-constexpr int UNITS = 4 * ES;
+// Units of 16 channels: sums over all tokens, c += transposed [N, 32] x rows, for all landmarks
+constexpr int UNITS = 4;
+typedef float Unit[ES][2][4];
 __device__ __forceinline__ void sum_tokens(
-    const Thread& my, float (&c)[2][2][4], int unit, int wide, int rows) {
+    const Thread& my, Unit& c, int unit, int wide, int rows) {
 #pragma unroll
-    for (int s = 0; s < TILES; s++) {
-        u32 a[4], r[4];
-        load_turned(my, a, my.here + wide + 16 * s * WIDE + 32 * (unit / 4), WIDE);
-        load4t(r, chunk(my.here + rows, my.sub, 2 * (unit % 4) + my.side) + 16 * s * ROW);
-        multiply(c[s % 2][0], a, r[0], r[1]);
-        multiply(c[s % 2][1], a, r[2], r[3]);
+    for (int n = 0; n < TILES; n++) {
+        u32 a[ES][4], r[4];
+#pragma unroll
+        for (int s = 0; s < ES; s++)
+            load_turned(my, a[s], my.here + wide + 16 * n * WIDE + 32 * s, WIDE);
+        load4t(r, chunk(my.here + rows, my.sub, 2 * unit + my.side) + 16 * n * ROW);
+#pragma unroll
+        for (int s = 0; s < ES; s++) {
+            multiply(c[s][0], a[s], r[0], r[1]);
+            multiply(c[s][1], a[s], r[2], r[3]);
+        }
     }
 }
 
 // The gradients of V~, and of the sum of each landmark's softmax.
 __device__ __forceinline__ void read_gradients(const Thread& my) {
     for (int unit = my.warp; unit < UNITS; unit += WARPS) {
-        const int pair = unit % 4;
-        float c[2][2][4] = {};
+        Unit c = {};
         sum_tokens(my, c, unit, WEIGHTS, GRADS);
 #pragma unroll
-        for (int upper = 0; upper < 2; upper++) {
-            const int e = unit / 4 * 16 + my.g + 8 * upper, l = 2 * upper;
+        for (int i = 0; i < 2 * ES; i++) {
+            const int e = 8 * i + my.g, l = i % 2 * 2;
             float sum = 0.f;
 #pragma unroll
             for (int j = 0; j < 2; j++) {
-                const int at = (int)(chunk(0, e, 2 * pair + j) + 4 * my.t);
-                const u32 low = pack(c[0][j][l] + c[1][j][l], c[0][j][l + 1] + c[1][j][l + 1]);
+                const int at = (int)(chunk(0, e, 2 * unit + j) + 4 * my.t);
+                const u32 low = pack(c[i / 2][j][l], c[i / 2][j][l + 1]);
                 const u32 value = *(const u32*)(my.memory + READ + at);
                 put(my.here + DREAD + at, low);
                 sum += unpack((u16)low) * unpack((u16)value) +
                        unpack((u16)(low >> 16)) * unpack((u16)(value >> 16));
             }
             sum = sum_of<4>(sum);
-            if (my.t == 0) ((float*)&my.dprobe()[e])[pair] = sum;
+            if (my.t == 0) ((float*)&my.dprobe()[e])[unit] = sum;
         }
     }
 }
 
 // The gradients of the landmarks' scores of the warp's keys; what keys and values have from them.
 __device__ __forceinline__ void probe_keys(
-    const Thread& my, float scale, const u32 (&keys)[4][4],
-    float (&dkeys)[8][4], float (&dvalues)[8][4]) {
-    float shares[2 * ES][4] = {}, d[2 * ES][4] = {};
+    const Thread& my, float scale, const Rows& keys, const Rows& values, Sums& dkeys,
+    Sums& dvalues) {
+    WideSums shares = {}, d = {};
     times_landmarks(my, shares, keys);
-    u32 values[4][4];
-    load_tile(my, values, my.here + VALUES + my.first * ROW);
     times_turned(my, d, values, my.here + DREAD);
 #pragma unroll
-    for (int j = 0; j < 2 * ES; j++)
+    for (int i = 0; i < 4 * ES; i++) {
+        const int j = i / 2, l = i % 2, e = 8 * j + 2 * my.t + l;
+        const float lse = my.probe()[e];
+        const float4 parts = my.dprobe()[e];
+        const float sum = ((parts.x + parts.y) + (parts.z + parts.w)) * scale;
 #pragma unroll
-        for (int l = 0; l < 2; l++) {
-            const int e = 8 * j + 2 * my.t + l;
-            const float lse = my.probe()[e];
-            const float4 parts = my.dprobe()[e];
-            const float sum = ((parts.x + parts.y) + (parts.z + parts.w)) * scale;
-#pragma unroll
-            for (int upper = 0; upper < 2; upper++) {
-                float& x = shares[j][2 * upper + l];
-                x = power_of_two(x * scale * LOG2E - lse);
-                if (8 * j + 8 > M && e >= M) x = 0.f;
-                if (my.first + my.g + 8 * upper >= N) x = 0.f;
-                d[j][2 * upper + l] = x * (d[j][2 * upper + l] * scale - sum);
-            }
+        for (int k = 0; k < 2 * OWN; k++) {
+            const int own = k / 2, upper = k % 2;
+            float& x = shares[own][j][2 * upper + l];
+            float& y = d[own][j][2 * upper + l];
+            x = power_of_two(x * scale * LOG2E - lse);
+            if (8 * j + 8 > M && e >= M) x = 0.f;
+            if (my.first(own) + my.g + 8 * upper >= N) x = 0.f;
+            y = x * (y * scale - sum);
         }
-    u32 packed[ES][4];
-#pragma unroll
-    for (int s = 0; s < ES; s++) operand(packed[s], d[2 * s], d[2 * s + 1]);
+    }
+    Wide packed;
+    operands(packed, d);
     put_wide(my, DSCORES, packed);
     times(my, dkeys, packed, my.here + MARKS);
-#pragma unroll
-    for (int s = 0; s < ES; s++) operand(packed[s], shares[2 * s], shares[2 * s + 1]);
+    operands(packed, shares);
     times(my, dvalues, packed, my.here + DREAD);
 }
 
 // The gradients of the landmarks, each as a share for a token of its window.
 __device__ __forceinline__ void landmark_gradients(const Thread& my) {
     for (int unit = my.warp; unit < UNITS; unit += WARPS) {
-        float c[2][2][4] = {};
+        Unit c = {};
         sum_tokens(my, c, unit, DWEIGHTS, 0);
         sum_tokens(my, c, unit, DSCORES, KEYS);
 #pragma unroll
-        for (int upper = 0; upper < 2; upper++) {
-            const int e = unit / 4 * 16 + my.g + 8 * upper, l = 2 * upper;
+        for (int i = 0; i < 2 * ES; i++) {
+            const int e = 8 * i + my.g, l = i % 2 * 2;
             const float share = windows.share[e];
 #pragma unroll
             for (int j = 0; j < 2; j++)
-                put(chunk(my.here + READ, e, 2 * (unit % 4) + j) + 4 * my.t,
-                    pack((c[0][j][l] + c[1][j][l]) * share,
-                         (c[0][j][l + 1] + c[1][j][l + 1]) * share));
+                put(chunk(my.here + READ, e, 2 * unit + j) + 4 * my.t,
+                    pack(c[i / 2][j][l] * share, c[i / 2][j][l + 1] * share));
         }
     }
 }
 
 // Which windows the warp's queries lie in, as a first operand.
-__device__ __forceinline__ void window_operand(const Thread& my, u32 (&a)[ES][4]) {
-    const u32 of[2] = {windows.inside.of[my.first + my.g], windows.inside.of[my.first + my.g + 8]};
+__device__ __forceinline__ void window_operand(const Thread& my, Wide& a) {
 #pragma unroll
-    for (int s = 0; s < ES; s++)
+    for (int own = 0; own < OWN; own++)
 #pragma unroll
-        for (int l = 0; l < 4; l++) {
-            const u32 two = of[l % 2] >> (16 * s + l / 2 * 8) >> 2 * my.t;
-            a[s][l] = ((two & 1) | (two & 2) << 15) * ONE;
+        for (int upper = 0; upper < 2; upper++) {
+            const u32 of = windows.inside.of[my.first(own) + my.g + 8 * upper] >> 2 * my.t;
+#pragma unroll
+            for (int i = 0; i < 2 * ES; i++) {
+                const u32 two = of >> 8 * i;
+                a[own][i / 2][i % 2 * 2 + upper] = ((two & 1) | (two & 2) << 15) * ONE;
+            }
         }
 }

@@ -1,9 +1,10 @@
-// MiTA's gradients on short sequences of halves, head dim 64: one head in one block, a warp for each
-// 16 tokens. All logits of a head are computed anew, and those that do not count set to zero; nothing
+// MiTA's gradients on short sequences of halves, head dim 64: one head in one block, one or two
+// tiles of 16 tokens a warp. All logits of a head are computed anew, and those that do not count set to zero; nothing
 // is added atomically but bits. `mita_head_backward.py` compiles it, with these whole numbers fixed:
 //   BF16 (else float16)   TOKENS   M, K (landmarks, 32 at most; keys an expert)
 //   FIRST, HEIGHT, WIDTH, A, B (first patch; patch grid; windows of the pooling)
-//   SHARED (with the shared expert)   PARTS (in which the queries' gradients are computed)
+//   SHARED (with the shared expert)   OWN (tiles of 16 tokens a warp)
+//   PARTS (in which the queries' gradients are computed)
 #include <mita_back_parts.cuh>
 #include <mita_back_routed.cuh>
 #include <mita_back_shared.cuh>
@@ -24,23 +25,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mita_head_backward(
     const Thread my(memory);
     const int b = blockIdx.x / H, h = blockIdx.x % H;
     const auto offset = [=](int sb, int sh) { return (long long)b * sb + (long long)h * sh; };
-    copy_tile(my, 0, q + offset(sqb, sqh), sqn);
-    copy_tile(my, GRADS, grad + offset(sgb, sgh), sgn);
+    copy_tiles(my, 0, q + offset(sqb, sqh), sqn);
+    copy_tiles(my, GRADS, grad + offset(sgb, sgh), sgn);
     if (SHARED) copy_values(my, values);
     commit();
-    copy_tile(my, KEYS, k + offset(skb, skh), skn);
-    copy_tile(my, VALUES, v + offset(svb, svh), svn);
+    copy_tiles(my, KEYS, k + offset(skb, skh), skn);
+    copy_tiles(my, VALUES, v + offset(svb, svh), svn);
     commit();
     // all is asked for before anything is waited for
-    const int n = my.first + my.sub, query = min(n, N - 1), mark = min(my.lane, M - 1);
-    uint4 outs[4];
+    const int n = my.first(0) + my.lane, query = min(n, N - 1), mark = min(my.lane, M - 1);
+    uint4 outs[4 * OWN];
     int flags[FLAGS];
     Landmarks landmarks;
+    const int row = my.first(0) + my.corner;
+    const u16* at = out + offset(sob, soh) + (long long)row * son + 8 * my.eighth;
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const int n = min(my.first + 4 * i + my.corner, N - 1);
-        outs[i] = *(const uint4*)(out + offset(sob, soh) + (long long)n * son + 8 * my.eighth);
-    }
+    for (int i = 0; i < 4 * OWN; i++, at += 4 * (long long)son)
+        outs[i] = row + 4 * i < N ? *(const uint4*)at : uint4{};
 #pragma unroll
     for (int i = 0; i < FLAGS; i++)
         flags[i] = members[my.head * M * K + min(my.thread + THREADS * i, M * K - 1)];
@@ -49,7 +50,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mita_head_backward(
     const int expert = route[my.head * N + query];
     const float probe = SHARED ? probe_lse[my.head * M + mark] : 0.f;
 
-    if (my.side == 0) {
+    if (my.lane < 16 * OWN && n < NP) {
         ((float*)&my.rows()[n >> 1])[n & 1] = n < N ? total : INFINITY;
         my.experts()[n] = n < N ? 1u << expert : 0;
         my.held()[n] = 0;
@@ -63,9 +64,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mita_head_backward(
     for (int i = 0; i < FLAGS; i++)
         set_bits(my.held() + flags[i], 1u << min(my.thread + THREADS * i, M * K - 1) / K);
 
-    u32 dshared[ES][4];
-    float dkeys[8][4] = {}, dvalues[8][4] = {};
-    u32 keys[4][4];
+    Wide dshared;
+    Sums dkeys = {}, dvalues = {};
+    Rows keys, vals;
     if (SHARED) {
         weigh_landmarks(my, again, again / scale, dshared);
         __syncthreads();  // weights, gradients of logits
@@ -74,11 +75,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mita_head_backward(
     wait<0>();
     if (blockIdx.x + ahead < gridDim.x) {  // what a block that will come reads
         const int b = (blockIdx.x + ahead) / H, h = (blockIdx.x + ahead) % H;
-        const auto row = [=](const u16* x, int sb, int sh, int sn) {
-            expect(x + (long long)b * sb + (long long)h * sh + (long long)query * sn + 32 * my.side);
+        const auto rows = [=](const u16* x, int sb, int sh, int sn) {
+            x += (long long)b * sb + (long long)h * sh + (long long)query * sn;
+            expect(x), expect(x + 32);
         };
-        row(q, sqb, sqh, sqn), row(grad, sgb, sgh, sgn), row(out, sob, soh, son);
-        row(k, skb, skh, skn), row(v, svb, svh, svn);
+        rows(q, sqb, sqh, sqn), rows(grad, sgb, sgh, sgn), rows(out, sob, soh, son);
+        rows(k, skb, skh, skn), rows(v, svb, svh, svn);
         const auto all = [=](const void* x, int bytes) {  // of each head
             const char* from = (const char*)x + (my.head + ahead) * bytes;
             for (int at = 64 * my.thread; at < bytes; at += 64 * THREADS) expect(from + at);
@@ -87,32 +89,33 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mita_head_backward(
         if (SHARED) all(exact, M * D * 4), all(values, M * D * 2);
     }
     __syncthreads();  // k, v, bits, gradients of V~
-    load_tile(my, keys, my.here + KEYS + my.first * ROW);
+    load_tiles(my, keys, my.here + KEYS);
+    load_tiles(my, vals, my.here + VALUES);
     if (SHARED) {
-        probe_keys(my, scale, keys, dkeys, dvalues);
+        probe_keys(my, scale, keys, vals, dkeys, dvalues);
         __syncthreads();  // gradients of scores
         landmark_gradients(my);
         __syncthreads();  // they are read
     }
 #pragma unroll
-    for (int part = 0; part < ROUNDS; part++) {
-        const int begin = part * PART, count = min(PART, TILES - begin);
-        if (part) __syncthreads();  // logits' gradients are read
-        attend_keys(my, begin, count, scale, keys, dkeys, dvalues);
-        if (part == ROUNDS - 1) {
-            write_tile(my, dvalues, VALUES, dv + offset(sdvb, sdvh), sdvn);
-            write_tile(my, dkeys, VALUES, dk + offset(sdkb, sdkh), sdkn);
+    for (int round = 0; round < ROUNDS; round++) {
+        const int begin = round * AT_ONCE, first = OWN * begin;
+        if (round) __syncthreads();  // logits' gradients are read
+        attend_keys(my, first, min(PART, TILES - first), scale, keys, vals, dkeys, dvalues);
+        if (round == ROUNDS - 1) {
+            write_tiles(my, dvalues, VALUES, dv + offset(sdvb, sdvh), sdvn);
+            write_tiles(my, dkeys, VALUES, dk + offset(sdkb, sdkh), sdkn);
         }
         __syncthreads();  // logits' gradients
-        if (my.warp < begin || my.warp >= begin + count) continue;
-        float dqueries[8][4] = {};
-        attend_queries(my, my.warp - begin, dqueries);
+        if (my.warp < begin || my.warp >= begin + AT_ONCE) continue;
+        Sums dqueries = {};
+        attend_queries(my, OWN * (my.warp - begin), dqueries);
         if (SHARED) {
-            u32 inside[ES][4];
+            Wide inside;
             window_operand(my, inside);
             times(my, dqueries, dshared, my.here + MARKS);
             times(my, dqueries, inside, my.here + READ);
         }
-        write_tile(my, dqueries, 0, dq + offset(sdqb, sdqh), sdqn);
+        write_tiles(my, dqueries, 0, dq + offset(sdqb, sdqh), sdqn);
     }
 }

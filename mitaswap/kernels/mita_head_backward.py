@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,24 +21,30 @@ from mitaswap.kernels.tiles import ceil
 MOST_PARTS = 4
 
 
-def threads(tokens: int) -> int:
-    """Threads of a block: a warp for each 16 tokens."""
-    return 32 * ceil(tokens, 16)
+class Shape(NamedTuple):
+    """How a head is cut.
 
+    Args:
+        own: tiles of 16 tokens of a warp.
+        parts: in which the gradients of the queries are computed.
+    """
 
-def shared_bytes(q: Tensor, sizes: Sizes, parts: int) -> int:
-    """Shared memory of a block: BYTES of `mita_back_parts.cuh`."""
-    tiles = ceil(q.shape[2], 16)
-    rows = 16 * tiles
-    logits = rows * (32 * ceil(tiles, parts) + 16)
-    wide = 3 * rows * 80 if sizes.shared else 0
-    return (
-        4 * rows * 128
-        + (terms_of(q.dtype) + 2) * 32 * 128
-        + max(logits, wide)
-        + 16 * rows
-        + 32 * 20
-    )
+    own: int
+    parts: int
+
+    def threads(self, tokens: int) -> int:
+        """Threads of a block."""
+        return 32 * ceil(tokens, 16 * self.own)
+
+    def shared_bytes(self, q: Tensor, sizes: Sizes) -> int:
+        """Shared memory of a block: BYTES of `mita_back_parts.cuh`."""
+        tiles = ceil(q.shape[2], 16)
+        rows = 16 * tiles
+        part = min(tiles, self.own * ceil(ceil(tiles, self.own), self.parts))
+        logits = rows * (32 * part + 16)
+        wide = 3 * rows * 80 if sizes.shared else 0
+        terms = (terms_of(q.dtype) + 2) * 32 * 128
+        return 4 * rows * 128 + terms + max(logits, wide) + 16 * rows + 32 * 20
 
 
 @functools.cache
@@ -45,10 +52,16 @@ def multiprocessors(device: int) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def parts(q: Tensor, sizes: Sizes, room: int) -> int:
-    """The fewest parts for which a block's memory has room; 0 where there are none."""
-    every = range(1, MOST_PARTS + 1)
-    return next((x for x in every if shared_bytes(q, sizes, x) <= room), 0)
+def shape_of(q: Tensor, sizes: Sizes, room: int) -> Shape | None:
+    """The fewest parts for which a block's memory has room. A warp reads less of it with two tiles,
+    but a block that is alone on a multiprocessor needs the warps, unless it has many.
+    """
+    for parts in range(1, MOST_PARTS + 1):
+        bytes = Shape(2, parts).shared_bytes(q, sizes)
+        if bytes <= room:
+            alone = 2 * bytes > room and q.shape[2] <= 192
+            return Shape(1, parts) if alone else Shape(2, parts)
+    return None
 
 
 def fits(tensors: tuple[Tensor, ...], sizes: Sizes, scale: float, again: float) -> bool:
@@ -60,16 +73,16 @@ def fits(tensors: tuple[Tensor, ...], sizes: Sizes, scale: float, again: float) 
     q = tensors[1]
     if not q.is_cuda or not fits_short(q, sizes, scale, again) or not plain(*tensors):
         return False
-    return parts(q, sizes, room(q.device.index)) > 0
+    return shape_of(q, sizes, room(q.device.index)) is not None
 
 
-def fixed(q: Tensor, sizes: Sizes, parts: int) -> tuple[tuple[str, int], ...]:
+def fixed(q: Tensor, sizes: Sizes, shape: Shape) -> tuple[tuple[str, int], ...]:
     """The whole numbers that the kernel is compiled for."""
     return (
-        ("BF16", int(terms_of(q.dtype) == 3)), ("TOKENS", q.shape[2]), ("M", sizes.m),
+        ("BF16", int(q.dtype == torch.bfloat16)), ("TOKENS", q.shape[2]), ("M", sizes.m),
         ("K", sizes.top), ("FIRST", sizes.first), ("HEIGHT", sizes.height),
         ("WIDTH", sizes.width), ("A", sizes.a), ("B", sizes.b), ("SHARED", sizes.shared),
-        ("PARTS", parts),
+        ("OWN", shape.own), ("PARTS", shape.parts),
     )  # fmt: skip
 
 
@@ -95,9 +108,11 @@ def head_backward(
             gradients of q, k, v.
     """
     q = tensors[1]
-    cut = parts(q, sizes, room(q.device.index))
-    numbers, bytes = fixed(q, sizes, cut), shared_bytes(q, sizes, cut)
-    run = nvrtc.kernel("mita_head_backward.cu", numbers, bytes, q.device.index)
-    ahead = multiprocessors(q.device.index) * max(1, room(q.device.index) // bytes)
+    device = q.device.index
+    shape = shape_of(q, sizes, room(device))
+    assert shape is not None
+    bytes = shape.shared_bytes(q, sizes)
+    run = nvrtc.kernel("mita_head_backward.cu", fixed(q, sizes, shape), bytes, device)
+    ahead = multiprocessors(device) * (room(device) // bytes)
     given = arguments(tensors, saved, ahead, scale, again)
-    run(q.shape[0] * q.shape[1], threads(q.shape[2]), given)
+    run(q.shape[0] * q.shape[1], shape.threads(q.shape[2]), given)
