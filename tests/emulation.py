@@ -5,6 +5,7 @@ a device would call them. And the calls of MiTA's kernels for short sequences to
 from __future__ import annotations
 
 import ctypes
+import math
 import shutil
 import subprocess
 from pathlib import Path
@@ -77,6 +78,21 @@ def inputs_of(case: Case, batch: int = 2, heads: int = 1) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(3)
     joint = torch.randn(batch, case.layout.tokens, 3, heads, 64, generator=generator)
     return joint.to(case.dtype).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def log_sum_exp(case: Case, q: Tensor, k: Tensor, marks: Tensor) -> Tensor:
+    """Of each query's logits, base 2, [B * H, N], from float64 and landmarks [B * H, m, D]."""
+    scale, again = scales_of(case)
+    part = mechanism(mechanism(case.spec).spec.with_options(impl="reference"))
+    routing = part.route(q, k, layout=case.layout, scale=scale)
+    members, choice = routing.members.flatten(0, 1), routing.choice.flatten(0, 1)
+    q, k = q.flatten(0, 1), k.flatten(0, 1)
+    held = torch.zeros(len(k), marks.shape[1], k.shape[1]).scatter_(-1, members, 1.0).bool()
+    mine = held.gather(1, choice[..., :1].expand(-1, -1, k.shape[1]))
+    kept = (q @ k.transpose(-1, -2) * scale).masked_fill(~mine, float("-inf"))
+    if sizes_of(case).shared:
+        kept = torch.cat([kept, q @ marks.transpose(-1, -2) * again], -1)
+    return kept.logsumexp(-1) / math.log(2)
 
 
 class Emulator:

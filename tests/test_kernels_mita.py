@@ -330,6 +330,18 @@ def test_on_the_device(case: Case, poisoned: None) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("case", [x for x in SMALL + LONG if x.dim == 64], ids=str)
+def test_on_the_device_without_kernels_in_cuda(
+    case: Case, poisoned: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mitaswap.kernels import mita_plan
+
+    monkeypatch.setattr(mita_plan, "fits_head", lambda *_: False)
+    monkeypatch.setattr(mita_plan, "fits_head_backward", lambda *_: False)
+    agree(case)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
 def test_auto_takes_the_kernel_where_it_can(dtype: torch.dtype) -> None:
     from torch.profiler import ProfilerActivity, profile

@@ -22,6 +22,7 @@ from emulation import (
     Emulator,
     emulate_forward,
     inputs_of,
+    log_sum_exp,
     needs_compiler,
     sizes_of,
 )
@@ -61,18 +62,13 @@ def test_agrees_with_the_reference(case: Case, emulator: Emulator) -> None:
     marks = saved.exact.double()
     scores = marks @ exact[1].flatten(0, 1).transpose(-1, -2) / 8
     assert torch.equal(saved.marks, saved.exact.to(case.dtype))
-    logits = (exact[0] @ exact[1].transpose(-1, -2)).flatten(0, 1) / 8  # all of them
-    held = torch.zeros_like(scores).scatter_(-1, members, 1.0).bool()
-    mine = held.gather(1, choice[..., :1].expand(-1, -1, held.shape[-1]))
-    kept = logits.masked_fill(~mine, float("-inf"))
     if sizes.shared:
         torch.testing.assert_close(
             saved.probe_lse.double(), scores.logsumexp(-1), atol=1e-4, rtol=0
         )
         read = scores.softmax(-1) @ exact[2].flatten(0, 1)
         assert (saved.values.double() - read).norm() <= 2 * unit * read.norm()
-        kept = torch.cat([kept, exact[0].flatten(0, 1) @ marks.transpose(-1, -2) / 8], -1)
-    lse = kept.logsumexp(-1) / torch.log(torch.tensor(2.0, dtype=torch.float64))
+    lse = log_sum_exp(case, *exact[:2], marks)
     torch.testing.assert_close(saved.lse.double(), lse, atol=8 * unit, rtol=0)
     assert torch.equal(emulate_forward(emulator, case, q, k, v, save=False)[0], out)
 

@@ -21,6 +21,7 @@ from emulation import (
     emulate_backward,
     emulate_forward,
     inputs_of,
+    log_sum_exp,
     needs_compiler,
 )
 from torch import Tensor
@@ -28,6 +29,7 @@ from torch import Tensor
 from mitaswap.kernels import mita_head_backward, nvrtc
 from mitaswap.kernels.mita_call import Sizes
 from mitaswap.kernels.mita_head_backward import Shape
+from mitaswap.kernels.mita_plan import empty_saved
 from mitaswap.mechanisms import mechanism
 from mitaswap.tokens import TokenLayout
 
@@ -97,6 +99,30 @@ def test_agrees_with_the_reference(case: Case, emulator: Emulator) -> None:
 )
 def test_agrees_however_it_is_cut(case: Case, shape: Shape, emulator: Emulator) -> None:
     assert_close(case, *gradients(emulator, case, shape=shape))
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("mita(m=9,k=33)", TokenLayout(0, (3, 11))),
+        Case("mita(m=25,k=200,shared_scale=released)", TokenLayout(0, (16, 16)), BF16),
+    ],
+    ids=name,
+)
+def test_experts_may_be_wider_than_in_the_forward(case: Case, emulator: Emulator) -> None:
+    given = inputs_of(case)
+    part = mechanism(mechanism(case.spec).spec.with_options(impl="reference"))
+    exact = [x.double() for x in given]
+    narrow = case._replace(spec=str(part.spec.with_options(k=1)))
+    _, saved = emulate_forward(emulator, narrow, *given)
+    members = part.route(*exact[:2], layout=case.layout, scale=64**-0.5).members
+    lse = log_sum_exp(case, *exact[:2], saved.exact.double()).float()
+    saved = saved._replace(members=members.flatten(0, 1).int(), lse=lse)
+    out = part(*exact, layout=case.layout).to(case.dtype)
+    grad = gradient_of_output(out)
+    found = emulate_backward(emulator, case, grad, *given, out, saved)
+    assert_close(case, found, wanted_gradients(case, grad, *given))
 
 
 @needs_compiler
@@ -176,7 +202,8 @@ def test_is_cut_for_the_room_that_there_is(
 
 def test_is_for_cuda_devices() -> None:
     q = torch.empty(1, 1, 197, 64, dtype=F16)
-    assert not mita_head_backward.fits((q,) * 8, USUAL, 0.1, 0.1)
+    saved = empty_saved(q, USUAL)
+    assert not mita_head_backward.fits((q,) * 8, saved, USUAL, 0.1, 0.1)
 
 
 @pytest.mark.skipif(not nvrtc.available(), reason="no compiler for CUDA")

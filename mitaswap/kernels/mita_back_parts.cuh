@@ -8,20 +8,21 @@ constexpr int WARPS = (TILES + OWN - 1) / OWN, THREADS = 32 * WARPS;
 constexpr int AT_ONCE = (WARPS + PARTS - 1) / PARTS, ROUNDS = (WARPS + AT_ONCE - 1) / AT_ONCE;
 constexpr int PART = OWN * AT_ONCE < TILES ? OWN * AT_ONCE : TILES;
 constexpr int ES = SHARED ? (M + 15) / 16 : 1;      // steps of 16 landmarks
-constexpr int FLAGS = (M * K + THREADS - 1) / THREADS;  // members that a thread marks
+constexpr int EACH = (M * K + THREADS - 1) / THREADS;  // members that a thread marks
 
 // shared memory, in bytes: q, then
 constexpr int KEYS = NP * ROW, VALUES = 2 * KEYS, GRADS = 3 * KEYS;
 constexpr int MARKS = 4 * KEYS;                     // landmarks, a term after the other
 constexpr int READ = MARKS + TERMS * TERM;          // V~, then the landmarks' gradients
 constexpr int DREAD = READ + TERM;                  // gradients of V~
-// gradients of routed logits, [keys, a part's queries]; before that [N, 32] each, of weights of
-// landmarks, of gradients of their logits and of their scores. Rows begin 16 bytes off those before
-// them, of an odd number of such: no two of 8 share banks.
+// gradients of routed logits, [keys, a part's queries]; before that, [N, 32] each, weights of
+// landmarks, gradients of their logits and of their scores. A row is an odd number of 16 bytes: no
+// two of 8 neighbours share banks.
 constexpr int LOGITS = DREAD + TERM, LOGIT_ROW = 32 * PART + 16;
-constexpr int WIDE = 80, WEIGHTS = LOGITS, DWEIGHTS = WEIGHTS + NP * WIDE, DSCORES = DWEIGHTS + NP * WIDE;
+constexpr int WIDE = 80;
+constexpr int WEIGHTS = LOGITS, DWEIGHTS = WEIGHTS + NP * WIDE, DSCORES = DWEIGHTS + NP * WIDE;
 constexpr int LOGITS_END = NP * LOGIT_ROW, SHARED_END = 3 * NP * WIDE;
-// float4 [N / 2]: log-sum-exp and gradient of the softmax's sum of two queries
+// float4 [N / 2]: of two queries log-sum-exps (base 2), then their `delta`s in `scale`s
 constexpr int ROWS = LOGITS + (SHARED && SHARED_END > LOGITS_END ? SHARED_END : LOGITS_END);
 constexpr int EXPERTS = ROWS + 8 * NP;              // of each query, as one bit
 constexpr int HELD = EXPERTS + 4 * NP;              // experts that hold each key, as bits
@@ -99,7 +100,8 @@ __device__ __forceinline__ void times(
 }
 
 // two tiles of 16 x 8, as sums lie, as a first operand
-__device__ __forceinline__ void operand(u32 (&a)[4], const float (&left)[4], const float (&right)[4]) {
+__device__ __forceinline__ void operand(
+    u32 (&a)[4], const float (&left)[4], const float (&right)[4]) {
     a[0] = pack(left[0], left[1]), a[1] = pack(left[2], left[3]);
     a[2] = pack(right[0], right[1]), a[3] = pack(right[2], right[3]);
 }

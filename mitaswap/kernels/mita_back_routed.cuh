@@ -1,9 +1,9 @@
-// Gradients of routed logits: all of a head, but those of keys that a query's expert does not hold are
-// zeros.
+// Gradients of routed logits: all of a head's, but those of keys that a query's expert does not
+// hold are zeros.
 #pragma once
 #include <mita_back_parts.cuh>
 
-// delta = grad x out of the warp's queries, of which out are the parts that this lane holds.
+// delta = grad x out of the warp's queries, times the scale, into `rows`. out: of this lane.
 __device__ __forceinline__ void query_rows(
     const Thread& my, const uint4 (&out)[4 * OWN], float scale) {
     const Place grads = chunk(my.here + GRADS, my.first(0) + my.corner, my.eighth);
@@ -24,8 +24,8 @@ __device__ __forceinline__ void query_rows(
     }
 }
 
-// Of `count` tiles of queries the gradients of their logits of the warp's keys, into memory, and what
-// keys and values have from them.
+// Of `count` tiles of queries the gradients of their logits of the warp's keys, into memory, and
+// what keys and values have from them.
 __device__ __forceinline__ void attend_keys(
     const Thread& my, int begin, int count, float scale, const Rows& keys, const Rows& values,
     Sums& dkeys, Sums& dvalues) {

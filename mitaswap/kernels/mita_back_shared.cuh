@@ -1,5 +1,5 @@
-// What the shared expert gives: gradients of its logits, of V~, of the landmarks' scores, and of the
-// landmarks.
+// What the shared expert gives: gradients of its logits, of V~, of the landmarks' scores, and of
+// the landmarks.
 #pragma once
 #include <mita_back_parts.cuh>
 
@@ -82,7 +82,7 @@ __device__ __forceinline__ void put_wide(const Thread& my, int to, const Wide& a
 }
 
 // The weights of landmarks for the warp's queries, and the gradients of their logits, which remain.
-// ratio: of the scales, in one of which `rows` has the gradients of the softmax's sums.
+// ratio: again / scale, as `rows` has delta times the scale.
 __device__ __forceinline__ void weigh_landmarks(
     const Thread& my, float again, float ratio, Wide& dlogits) {
     WideSums weights = {}, d = {};

@@ -14,8 +14,9 @@
 // q, k, v, out: [B, H, N, D] by strides in elements, rows of D dense. Written where SAVE, as `Saved`
 // in mita_call.py: lse [BH, N], marks, values, exact [BH, M, D], probe_lse [BH, M], members
 // [BH, M, K], starts [BH, M + 1], order, route [BH, N]. scale: of routed logits and scores, again:
-// of shared logits (values and probe_lse only where SHARED). A q that is no number spoils a column of
-// all landmarks (in the Triton kernels of its window's only). Grid: B H blocks of THREADS threads and BYTES of shared memory.
+// of shared logits (values and probe_lse only where SHARED). A q that is no number spoils a column
+// of all landmarks (in the Triton kernels of its window's only). Grid: B H blocks of THREADS threads
+// and BYTES of shared memory.
 extern "C" __global__ void __launch_bounds__(THREADS, 2) mita_head(
     const u16* q, const u16* k, const u16* v, u16* out, float* lse, u16* marks, u16* values,
     float* exact, float* probe_lse, int* members, int* starts, int* order, int* route,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mitaswap.kernels import nvrtc
 from mitaswap.kernels.mita_call import Saved, Sizes
-from mitaswap.kernels.mita_short import fits as fits_backward
+from mitaswap.kernels.mita_short import fits as fits_short
 from mitaswap.kernels.nvrtc import NOWHERE, Argument, pointer, real, whole
 from mitaswap.kernels.tiles import ceil
 
@@ -59,7 +59,7 @@ def suits(q: Tensor, sizes: Sizes, scale: float, again: float) -> bool:
     """Whether this kernel computes such calls, wherever they lie: those of the backward on short
     sequences, with at most 32 keys an expert.
     """
-    return fits_backward(q, sizes, scale, again) and sizes.top <= 32
+    return fits_short(q, sizes, scale, again) and sizes.top <= 32
 
 
 def fits(q: Tensor, k: Tensor, v: Tensor, sizes: Sizes, scale: float, again: float) -> bool:

@@ -1,6 +1,7 @@
 // MiTA's gradients on short sequences of halves, head dim 64: one head in one block, one or two
-// tiles of 16 tokens a warp. All logits of a head are computed anew, and those that do not count set to zero; nothing
-// is added atomically but bits. `mita_head_backward.py` compiles it, with these whole numbers fixed:
+// tiles of 16 tokens a warp. All logits of a head are computed anew, and those that do not count are
+// set to zero; nothing is added atomically but bits. `mita_head_backward.py` compiles it, with these
+// whole numbers fixed:
 //   BF16 (else float16)   TOKENS   M, K (landmarks, 32 at most; keys an expert)
 //   FIRST, HEIGHT, WIDTH, A, B (first patch; patch grid; windows of the pooling)
 //   SHARED (with the shared expert)   OWN (tiles of 16 tokens a warp)
@@ -12,8 +13,8 @@
 // grad (of the output), q, k, v, out, and to be written dq, dk, dv: [B, H, N, D] by strides in
 // elements, rows of D dense. The rest as `Saved` in mita_call.py: lse [BH, N], values, exact
 // [BH, M, D], probe_lse [BH, M], members [BH, M, K], route [BH, N]. scale: of routed logits and
-// scores, again: of shared logits. ahead: blocks that the device
-// holds at once. Grid: B H blocks of THREADS threads and BYTES of shared memory.
+// scores, again: of shared logits. ahead: blocks that the device holds at most. Grid: B H blocks of
+// THREADS threads and BYTES of shared memory.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) mita_head_backward(
     const u16* grad, const u16* q, const u16* k, const u16* v, const u16* out, u16* dq, u16* dk,
     u16* dv, const float* lse, const u16* values, const float* exact, const float* probe_lse,
@@ -35,7 +36,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mita_head_backward(
     // all is asked for before anything is waited for
     const int n = my.first(0) + my.lane, query = min(n, N - 1), mark = min(my.lane, M - 1);
     uint4 outs[4 * OWN];
-    int flags[FLAGS];
+    int marked[EACH];
     Landmarks landmarks;
     const int row = my.first(0) + my.corner;
     const u16* at = out + offset(sob, soh) + (long long)row * son + 8 * my.eighth;
@@ -43,8 +44,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mita_head_backward(
     for (int i = 0; i < 4 * OWN; i++, at += 4 * (long long)son)
         outs[i] = row + 4 * i < N ? *(const uint4*)at : uint4{};
 #pragma unroll
-    for (int i = 0; i < FLAGS; i++)
-        flags[i] = members[my.head * M * K + min(my.thread + THREADS * i, M * K - 1)];
+    for (int i = 0; i < EACH; i++)
+        marked[i] = members[my.head * M * K + min(my.thread + THREADS * i, M * K - 1)];
     if (SHARED) landmarks.ask(my, exact);
     const float total = lse[my.head * N + query];
     const int expert = route[my.head * N + query];
@@ -59,10 +60,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mita_head_backward(
     if (SHARED) landmarks.put_down(my);
     wait<1>();  // each lane for what it has copied
     query_rows(my, outs, scale);
-    __syncthreads();  // landmarks, V~, zeros
+    __syncthreads();  // q, gradients of the output, rows, landmarks, V~, zeros
 #pragma unroll
-    for (int i = 0; i < FLAGS; i++)
-        set_bits(my.held() + flags[i], 1u << min(my.thread + THREADS * i, M * K - 1) / K);
+    for (int i = 0; i < EACH; i++)
+        set_bits(my.held() + marked[i], 1u << min(my.thread + THREADS * i, M * K - 1) / K);
 
     Wide dshared;
     Sums dkeys = {}, dvalues = {};
@@ -74,19 +75,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) mita_head_backward(
     }
     wait<0>();
     if (blockIdx.x + ahead < gridDim.x) {  // what a block that will come reads
-        const int b = (blockIdx.x + ahead) / H, h = (blockIdx.x + ahead) % H;
-        const auto rows = [=](const u16* x, int sb, int sh, int sn) {
-            x += (long long)b * sb + (long long)h * sh + (long long)query * sn;
+        const int other = blockIdx.x + ahead;
+        const auto ask_rows = [=](const u16* x, int sb, int sh, int sn) {
+            if (my.lane >= 16 * OWN) return;
+            x += (long long)(other / H) * sb + (long long)(other % H) * sh + (long long)query * sn;
             expect(x), expect(x + 32);
         };
-        rows(q, sqb, sqh, sqn), rows(grad, sgb, sgh, sgn), rows(out, sob, soh, son);
-        rows(k, skb, skh, skn), rows(v, svb, svh, svn);
-        const auto all = [=](const void* x, int bytes) {  // of each head
-            const char* from = (const char*)x + (my.head + ahead) * bytes;
-            for (int at = 64 * my.thread; at < bytes; at += 64 * THREADS) expect(from + at);
+        ask_rows(q, sqb, sqh, sqn), ask_rows(grad, sgb, sgh, sgn), ask_rows(out, sob, soh, son);
+        ask_rows(k, skb, skh, skn), ask_rows(v, svb, svh, svn);
+        const auto ask_all = [=](const void* x, int bytes) {  // that each head has
+            for (int at = 64 * my.thread; at < bytes; at += 64 * THREADS)
+                expect((const char*)x + (long long)other * bytes + at);
         };
-        all(members, M * K * 4), all(lse, N * 4), all(route, N * 4);
-        if (SHARED) all(exact, M * D * 4), all(values, M * D * 2);
+        ask_all(members, M * K * 4), ask_all(lse, N * 4), ask_all(route, N * 4);
+        if (SHARED) ask_all(exact, M * D * 4), ask_all(values, M * D * 2);
     }
     __syncthreads();  // k, v, bits, gradients of V~
     load_tiles(my, keys, my.here + KEYS);

@@ -53,8 +53,11 @@ def multiprocessors(device: int) -> int:
 
 
 def shape_of(q: Tensor, sizes: Sizes, room: int) -> Shape | None:
-    """The fewest parts for which a block's memory has room. A warp reads less of it with two tiles,
-    but a block that is alone on a multiprocessor needs the warps, unless it has many.
+    """The fewest parts for which a block's memory has room.
+
+    A warp reads less of it with two tiles, but a block that is alone on a multiprocessor needs
+    more warps (H200: 356 us with one tile, 408 with two at 121 tokens); beyond 192, registers are
+    too few for one tile and more warps (434 us, 429 at 196).
     """
     for parts in range(1, MOST_PARTS + 1):
         bytes = Shape(2, parts).shared_bytes(q, sizes)
@@ -64,14 +67,18 @@ def shape_of(q: Tensor, sizes: Sizes, room: int) -> Shape | None:
     return None
 
 
-def fits(tensors: tuple[Tensor, ...], sizes: Sizes, scale: float, again: float) -> bool:
+def fits(
+    tensors: tuple[Tensor, ...], saved: Saved, sizes: Sizes, scale: float, again: float
+) -> bool:
     """Whether this kernel takes such a call here; what it does not take is for `short_backward`.
 
     Args:
-        tensors: as `head_backward` takes them.
+        tensors, saved: as `head_backward` takes them.
     """
     q = tensors[1]
     if not q.is_cuda or not fits_short(q, sizes, scale, again) or not plain(*tensors):
+        return False
+    if saved.values.data_ptr() % 16 or saved.exact.data_ptr() % 16:  # a hook may have packed them
         return False
     return shape_of(q, sizes, room(q.device.index)) is not None
 
@@ -89,7 +96,7 @@ def fixed(q: Tensor, sizes: Sizes, shape: Shape) -> tuple[tuple[str, int], ...]:
 def arguments(
     tensors: tuple[Tensor, ...], saved: Saved, ahead: int, scale: float, again: float
 ) -> list[Argument]:
-    """The kernel's arguments, in its order. ahead: blocks that the device holds at once."""
+    """The kernel's arguments, in its order. ahead: blocks that the device holds at most."""
     read = (saved.lse, saved.values, saved.exact, saved.probe_lse, saved.members, saved.route)
     return [
         *map(pointer, (*tensors, *read)),

@@ -1,9 +1,9 @@
-"""MiTA's plan of launches, forward and backward; none of them waits for the host. Large calls go in
-two halves.
+"""MiTA's plan of launches, forward and backward; none of them waits for the host.
 
-Forward, on short sequences of halves, one (`mita_head.cu`). Else mostly four: pool (landmarks),
-probe (landmark scores and V~ of all keys, or its parts, routes of all queries), settle (top-k, V~
-from its parts, counting sort of the queries), attend.
+On short sequences of halves each is one launch (`mita_head.cu`, `mita_head_backward.cu`). Else
+large calls go in two halves, and the forward is mostly four: pool (landmarks), probe (landmark
+scores and V~ of all keys, or its parts, routes of all queries), settle (top-k, V~ from its parts,
+counting sort of the queries), attend.
 """
 
 from __future__ import annotations
@@ -278,7 +278,7 @@ def attend_backward(
     if not q.shape[0] * q.shape[1]:
         return dq, dk, dv
     every = (grad, q, k, v, out, dq, dk, dv)
-    if fits_head_backward(every, sizes, scale, again):
+    if fits_head_backward(every, saved, sizes, scale, again):
         head_backward(every, saved, sizes, scale, again)
         return dq, dk, dv
     short = fits(q, sizes, scale, again)

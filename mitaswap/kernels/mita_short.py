@@ -1,4 +1,5 @@
-"""MiTA's gradients on short sequences: all scores of a head, and a mask for keys that do not count.
+"""MiTA's gradients on short sequences where `mita_head_backward` does not fit: all scores of a
+head, and a mask for keys that do not count.
 
 Up to some hundred tokens, gathering each expert's keys costs more than scoring all of them. Three
 launches: bits (the lists of keys as bits of one number a key), keys, queries.
