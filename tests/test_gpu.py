@@ -49,7 +49,14 @@ def test_identity_swap_is_exact_and_others_move(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(
     "spec",
-    ["standard", "linear", "agent(n=9)", "mita(m=9,k=9)", "nsa(block=2,k=3)", "linear+dwc+gate"],
+    [
+        "standard",
+        "linear",
+        "agent(n=9)",
+        "mita(m=9,k=9)",
+        "linear+dwc+gate",
+        "nsa(block=2,k=3,span=2,stride=2,window=3)",
+    ],
 )
 def test_compiles_whole_with_inductor(spec: str) -> None:
     import timm
