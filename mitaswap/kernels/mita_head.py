@@ -31,19 +31,24 @@ def shared_bytes(tokens: int, m: int, dtype: torch.dtype) -> int:
     )
 
 
-def steps(x: Tensor) -> list[int]:
-    """Strides of B, H and N in elements; 0 for axes of one, which are never stepped along."""
-    return [0 if size == 1 else step for size, step in zip(x.shape[:3], x.stride(), strict=False)]
+@functools.lru_cache(maxsize=1024)
+def _steps(shape: torch.Size, strides: tuple[int, ...]) -> tuple[Argument, ...]:
+    """Strides of B, H and N in elements, as arguments; 0 for axes of one, which are never stepped
+    along. None of them where rows cannot be read 16 bytes at a time, by 32-bit offsets.
+    """
+    found = [0 if size == 1 else step for size, step in zip(shape, strides, strict=True)][:3]
+    ok = all(step % 8 == 0 and step < 2**31 for step in found) and shape[2] * found[2] < 2**31
+    return tuple(map(whole, found)) if ok else ()
+
+
+def steps(x: Tensor) -> tuple[Argument, ...]:
+    """Strides of B, H and N as a kernel's arguments; none where `plain` is not so."""
+    return _steps(x.shape, x.stride())
 
 
 def plain(*tensors: Tensor) -> bool:
     """Whether rows of these [B, H, N, D] can be read 16 bytes at a time, with 32-bit offsets."""
-    return all(
-        x.data_ptr() % 16 == 0
-        and all(step % 8 == 0 and step < 2**31 for step in steps(x))
-        and x.shape[2] * steps(x)[2] < 2**31
-        for x in tensors
-    )
+    return all(x.data_ptr() % 16 == 0 and steps(x) for x in tensors)
 
 
 @functools.cache
@@ -94,7 +99,7 @@ def arguments(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, saved: Saved | None, scale: float, again: float
 ) -> list[Argument]:
     """The kernel's arguments, in its order; what is saved in that of `Saved`."""
-    every = [whole(step) for x in (q, k, v, out) for step in steps(x)]
+    every = (step for x in (q, k, v, out) for step in steps(x))
     written = map(pointer, saved) if saved else [NOWHERE] * len(Saved._fields)
     return [
         *map(pointer, (q, k, v, out)), *written, *every, whole(q.shape[1]),

@@ -100,7 +100,7 @@ def arguments(
     read = (saved.lse, saved.values, saved.exact, saved.probe_lse, saved.members, saved.route)
     return [
         *map(pointer, (*tensors, *read)),
-        *(whole(step) for x in tensors for step in steps(x)),
+        *(step for x in tensors for step in steps(x)),
         whole(tensors[0].shape[1]), whole(ahead), real(scale), real(again),
     ]  # fmt: skip
 
