@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -99,7 +100,7 @@ class Emulator:
     """Compiles kernels for the CPU, once for each set of fixed numbers, and calls them.
 
     Args:
-        folder: where libraries go.
+        folder: where libraries go, and are found.
         races: whether accesses to shared memory without order are looked for (slower).
         kernels: where the sources are.
     """
@@ -110,18 +111,24 @@ class Emulator:
 
     def library(self, kernel: str, fixed: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
         if (kernel, fixed) not in self.built:
-            to = self.folder / f"{len(self.built)}.so"
-            command = ["g++", "-std=c++17", "-O1", "-w", "-fPIC", f"-DKERNEL={kernel}"]
-            command += [f"-I{EMULATED}", f"-I{self.kernels}"]
-            command += [f"-D{key}={value}" for key, value in fixed]
-            if self.races:  # the compiler's calls, but not its library
-                command += ["-DRACES", "-g", "-fsanitize=thread"]
-            made = to.with_suffix(".o")
-            source = str(EMULATED / "launch.cpp")
-            subprocess.run([*command, "-c", source, "-o", str(made)], check=True)
-            subprocess.run(["g++", "-shared", str(made), "-ldl", "-o", str(to)], check=True)
+            words = "-".join((kernel, *(f"{key}{value}" for key, value in fixed)))
+            to = self.folder / f"{words}.so"
+            if not to.exists():  # another process may have built it
+                self._build(to, kernel, fixed)
             self.built[kernel, fixed] = ctypes.CDLL(str(to))
         return self.built[kernel, fixed]
+
+    def _build(self, to: Path, kernel: str, fixed: tuple[tuple[str, int], ...]) -> None:
+        command = ["g++", "-std=c++17", "-w", "-fPIC", f"-DKERNEL={kernel}"]
+        command += [f"-I{EMULATED}", f"-I{self.kernels}"]
+        command += [f"-D{key}={value}" for key, value in fixed]
+        if self.races:  # the compiler's calls, but not its library
+            command += ["-DRACES", "-g", "-O1", "-fsanitize=thread"]
+        made = to.with_suffix(f".{os.getpid()}.o")
+        subprocess.run([*command, "-c", str(EMULATED / "launch.cpp"), "-o", str(made)], check=True)
+        linked = made.with_suffix(".so")
+        subprocess.run(["g++", "-shared", str(made), "-ldl", "-o", str(linked)], check=True)
+        linked.replace(to)
 
     def launch(
         self,
@@ -146,6 +153,14 @@ class Emulator:
                 command = ["addr2line", "-i", "-e", code._name, *places]
                 found = subprocess.run(command, capture_output=True, text=True, check=False).stdout
                 raise AssertionError(f"races in {sorted(set(found.split()))}")
+
+
+def shared_folder(factory: pytest.TempPathFactory) -> Path:
+    """One folder for all processes of a test run."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "emulated"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 def unwritten(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -24,6 +24,7 @@ from emulation import (
     inputs_of,
     log_sum_exp,
     needs_compiler,
+    shared_folder,
     sizes_of,
 )
 from torch import Tensor
@@ -36,7 +37,7 @@ from mitaswap.tokens import TokenLayout
 
 @pytest.fixture(scope="module")
 def emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
-    return Emulator(tmp_path_factory.mktemp("emulated"))
+    return Emulator(shared_folder(tmp_path_factory))
 
 
 @needs_compiler
