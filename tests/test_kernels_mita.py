@@ -55,8 +55,7 @@ SMALL = [
     ),
     # experts wider than a block of entries, more of them than a block, and all keys in each
     Case("mita(m=4,k=70)", TokenLayout(0, (8, 9)), 16, heads=1),
-    Case("mita(m=72,k=3)", TokenLayout(0, (8, 9)), 16, heads=1),
-    Case("mita(m=66,k=3,s=2)", TokenLayout(1, (11, 12)), 16, heads=1),
+    Case("mita(m=66,k=3,s=2)", TokenLayout(1, (6, 11)), 16, heads=1),
     # short halves of 64 features: gradients by all keys and a mask
     Case("mita(m=25,k=30)", TokenLayout(5, (9, 11), 2), 64, torch.bfloat16, projected=True),
     Case("mita(m=9,k=8,variant=route-only)", TokenLayout(1, (6, 7)), 64, torch.float16, True),
@@ -79,6 +78,7 @@ SMALL = [
 ]
 
 LONG = [
+    Case("mita(m=72,k=3)", TokenLayout(0, (8, 9)), 16, heads=1),
     Case("mita", TokenLayout(0, (14, 14)), 64, torch.float16, True, 8, 3),
     Case("mita", TokenLayout(1, (14, 14)), 64, torch.bfloat16, True, 8, 3),
     Case("mita", TokenLayout(0, (16, 16)), 64, torch.float16, False, 8, 3),
