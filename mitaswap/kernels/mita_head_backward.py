@@ -49,6 +49,7 @@ class Shape(NamedTuple):
 
 @functools.cache
 def multiprocessors(device: int) -> int:
+    """Of a CUDA device."""
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
@@ -56,8 +57,8 @@ def shape_of(q: Tensor, sizes: Sizes, room: int) -> Shape | None:
     """The fewest parts for which a block's memory has room.
 
     A warp reads less of it with two tiles, but a block that is alone on a multiprocessor needs
-    more warps (H200: 356 us with one tile, 408 with two at 121 tokens); beyond 192, registers are
-    too few for one tile and more warps (434 us, 429 at 196).
+    more warps; beyond 192 tokens, registers are too few for one tile and more warps (times:
+    design 30 of reports/h100-kernels/NOTES.md).
     """
     for parts in range(1, MOST_PARTS + 1):
         bytes = Shape(2, parts).shared_bytes(q, sizes)
