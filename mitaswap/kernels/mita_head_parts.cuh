@@ -42,25 +42,3 @@ __device__ __forceinline__ Place chunk_0(Place rows, u32 four, int byte) {
     const u32 last = byte ? four >> (8 * byte - 4) : four << 4;
     return rows + ((row & 255 << 7) | (last & 7 << 4));
 }
-
-// sum over the lanes before this one, of each `lanes` neighbours
-template <int lanes>
-__device__ __forceinline__ int sum_before(int x, int lane) {
-    int sum = x;
-#pragma unroll
-    for (int i = 1; i < lanes; i <<= 1) {
-        const int other = __shfl_up_sync(LANES, sum, i);
-        sum += (lane & (lanes - 1)) >= i ? other : 0;
-    }
-    return sum - x;
-}
-
-// int32 keys in the order of floats; -0.0 is 0.0
-__device__ __forceinline__ int order_key(float x) {
-    const int bits = __float_as_int(x == 0.f ? 0.f : x);
-    return bits ^ ((bits >> 31) & 0x7fffffff);
-}
-
-__device__ __forceinline__ float key_value(int key) {
-    return __int_as_float(key ^ ((key >> 31) & 0x7fffffff));
-}

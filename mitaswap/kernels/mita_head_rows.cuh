@@ -1,4 +1,4 @@
-// Rows of a head in shared memory, tiles of them, windows: what `mita_head.cu` and
+// Rows of a head in shared memory, tiles of them, windows: what `mita_head.cu`, `mita_stream.cu` and
 // `mita_head_backward.cu` share.
 #pragma once
 #include <warp.cuh>
@@ -49,13 +49,37 @@ __device__ __forceinline__ T sum_of(T x) {
     return x;
 }
 
-// Write two elements of a landmark as terms of halves; the first ones.
+// sum over the lanes before this one, of each `lanes` neighbours
+template <int lanes>
+__device__ __forceinline__ int sum_before(int x, int lane) {
+    int sum = x;
+#pragma unroll
+    for (int i = 1; i < lanes; i <<= 1) {
+        const int other = __shfl_up_sync(LANES, sum, i);
+        sum += (lane & (lanes - 1)) >= i ? other : 0;
+    }
+    return sum - x;
+}
+
+// int32 keys in the order of floats; -0.0 is 0.0
+__device__ __forceinline__ int order_key(float x) {
+    const int bits = __float_as_int(x == 0.f ? 0.f : x);
+    return bits ^ ((bits >> 31) & 0x7fffffff);
+}
+
+__device__ __forceinline__ float key_value(int key) {
+    return __int_as_float(key ^ ((key >> 31) & 0x7fffffff));
+}
+
+// Write two elements of a landmark as terms of halves, each `apart` bytes from the one before; the
+// first ones.
+template <int apart = TERM>
 __device__ __forceinline__ u32 put_terms(Place to, float x, float y) {
     u32 first = 0;
 #pragma unroll
     for (int term = 0; term < TERMS; term++) {
         const u32 low = pack(x, y);
-        put(to + term * TERM, low);
+        put(to + term * apart, low);
         if (term == 0) first = low;
         x = (x - unpack((u16)low)) * (BF16 ? 1.f : 2048.f);
         y = (y - unpack((u16)(low >> 16))) * (BF16 ? 1.f : 2048.f);

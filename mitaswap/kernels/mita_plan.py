@@ -32,6 +32,8 @@ from mitaswap.kernels.mita_probe import (
 )
 from mitaswap.kernels.mita_settle import settle_kernel
 from mitaswap.kernels.mita_short import fits, short_backward
+from mitaswap.kernels.mita_stream import fits as fits_stream
+from mitaswap.kernels.mita_stream import stream_forward
 from mitaswap.kernels.mita_walk import walk_kernel
 from mitaswap.kernels.tiles import ceil, like, power
 
@@ -202,11 +204,12 @@ def attend_forward(
     """The output [B, H, N, D] and, if asked to `save` it, what the backward needs."""
     q, k, v = readable(q), readable(k), readable(v)
     out, some = like(q), q.shape[0] * q.shape[1] > 0
-    if fits_head(q, k, v, sizes, scale, again):
-        wanted = empty_saved(q, sizes) if save else None
-        if some:
-            head_forward(q, k, v, out, wanted, sizes, scale, again)
-        return out, wanted
+    for fits_it, forward in ((fits_head, head_forward), (fits_stream, stream_forward)):
+        if fits_it(q, k, v, sizes, scale, again):
+            wanted = empty_saved(q, sizes) if save else None
+            if some:
+                forward(q, k, v, out, wanted, sizes, scale, again)
+            return out, wanted
     saved = empty_saved(q, sizes)
 
     def run(part: Part) -> None:

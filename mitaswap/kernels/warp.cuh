@@ -24,9 +24,16 @@ __device__ __forceinline__ void copy16(Place to, const void* from, bool ok) {
 }
 
 // constants from memory, loaded where this stands
+__device__ __forceinline__ u32 ask4(const u32* from) {
+    u32 x;
+    asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(x) : "l"(from));
+    return x;
+}
+
 __device__ __forceinline__ uint4 ask16(const uint4* from) {
     uint4 x;
-    asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+    asm volatile("ld.global.nc.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+
                  : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(from));
     return x;
 }
@@ -68,6 +75,18 @@ __device__ __forceinline__ void put(Place to, u32 x) {
 // set bits of a word that other threads set bits of
 __device__ __forceinline__ void set_bits(u32* word, u32 bits) { atomicOr(word, bits); }
 
+// one more in a word that other threads add to; what was there
+__device__ __forceinline__ int one_more(int* word) { return atomicAdd(word, 1); }
+
+// `flip`, here and below: of the place, so that no register holds each place that a loop needs
+template <u32 flip>
+__device__ __forceinline__ uint4 get16(Place from) {
+    uint4 x;
+    asm volatile("{.reg .u32 at; xor.b32 at, %4, %5; ld.shared.v4.u32 {%0, %1, %2, %3}, [at];}"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(from), "n"(flip) : "memory");
+    return x;
+}
+
 __device__ __forceinline__ uint4 get16(Place from) {
     uint4 x;
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -85,6 +104,20 @@ __device__ __forceinline__ void load4(u32 (&r)[4], Place row) {
 __device__ __forceinline__ void load4t(u32 (&r)[4], Place row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(row) : "memory");
+}
+
+template <u32 flip>
+__device__ __forceinline__ void load4(u32 (&r)[4], Place row) {
+    asm volatile("{.reg .u32 at; xor.b32 at, %4, %5; "
+                 "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [at];}"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(row), "n"(flip) : "memory");
+}
+
+template <u32 flip>
+__device__ __forceinline__ void load4t(u32 (&r)[4], Place row) {
+    asm volatile("{.reg .u32 at; xor.b32 at, %4, %5; "
+                 "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [at];}"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(row), "n"(flip) : "memory");
 }
 
 // four tiles of 8 x 8 halves, as load4 reads them, into the rows that lanes give
@@ -132,6 +165,18 @@ __device__ __forceinline__ float unpack(u16 bits) {
     return out;
 #endif
 }
+
+// a tile of 8 x 8 halves, transposed
+__device__ __forceinline__ u32 transposed(u32 x) {
+    u32 out;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(x));
+    return out;
+}
+
+// the least, the most, the sum of what a warp's lanes have
+__device__ __forceinline__ int least_of(int x) { return __reduce_min_sync(LANES, x); }
+__device__ __forceinline__ int most_of(int x) { return __reduce_max_sync(LANES, x); }
+__device__ __forceinline__ int total_of(int x) { return __reduce_add_sync(LANES, x); }
 
 __device__ __forceinline__ float power_of_two(float x) {
     float out;

@@ -164,17 +164,39 @@ inline u32 __ballot_sync(u32, bool x) {
     });
 }
 
+inline int reduced(int x, int (*join)(int, int)) {
+    return exchange([&](Slot& s) { s.word.i = x; }, [&](Slot* s) {
+        int out = s[0].word.i;
+        for (int i = 1; i < 32; i++) out = join(out, s[i].word.i);
+        return out;
+    });
+}
+inline int least_of(int x) { return reduced(x, [](int a, int b) { return min(a, b); }); }
+inline int most_of(int x) { return reduced(x, [](int a, int b) { return max(a, b); }); }
+inline int total_of(int x) { return reduced(x, [](int a, int b) { return a + b; }); }
+inline u32 transposed(u32 x) {
+    return exchange([&](Slot& s) { s.word.u = x; }, [&](Slot* s) {
+        const int g = my_lane() / 4, t = my_lane() % 4;
+        auto half = [&](int row) { return s[4 * row + g / 2].word.u >> 16 * (g % 2) & 0xffff; };
+        return half(2 * t) | half(2 * t + 1) << 16;
+    });
+}
+
 typedef uintptr_t Place;
 inline Place place(const void* shared) { return (Place)shared; }
 inline void copy16(Place to, const void* from, bool ok) {
     block.copies[block.current].back().push_back({to, from, ok});
 }
 inline uint4 ask16(const uint4* from) { return *from; }
+inline u32 ask4(const u32* from) { return *from; }
 inline float2 ask8(const float2* from) { return *from; }
 inline void put(Place to, u32 x) { *(u32*)to = x; }
 inline void expect(const void* from) { (void)*(volatile const char*)from; }  // must be there
 UNSEEN inline void set_bits(u32* word, u32 bits) { *word |= bits; }
+UNSEEN inline int one_more(int* word) { return (*word)++; }
 inline uint4 get16(Place from) { return *(uint4*)from; }
+template <u32 flip>
+uint4 get16(Place from) { return get16(from ^ flip); }
 inline void commit() { block.copies[block.current].emplace_back(); }
 template <int left>
 void wait() {
@@ -241,6 +263,10 @@ inline void load(u32 (&r)[4], Place row, bool transposed) {
 inline float at_least(float x, float least) { return x >= least; }
 inline void load4(u32 (&r)[4], Place row) { load(r, row, false); }
 inline void load4t(u32 (&r)[4], Place row) { load(r, row, true); }
+template <u32 flip>
+void load4(u32 (&r)[4], Place row) { load(r, row ^ flip, false); }
+template <u32 flip>
+void load4t(u32 (&r)[4], Place row) { load(r, row ^ flip, true); }
 
 inline void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     exchange(
