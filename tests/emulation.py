@@ -29,6 +29,8 @@ KERNELS = Path(mita_head.__file__).parent
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 
 F16, BF16 = torch.float16, torch.bfloat16
+#: bytes of shared memory of a multiprocessor (H100)
+ROOM = 228 * 1024
 #: unit roundoff
 UNIT = {F16: 2.0**-11, BF16: 2.0**-8}
 
@@ -203,6 +205,56 @@ def emulate_forward(
         mita_head.arguments(q, k, v, out, saved if save else None, *scales_of(case)),
     )  # fmt: skip
     return out, saved
+
+
+def assert_agrees(case: Case, given: tuple[Tensor, ...], out: Tensor, saved: Saved) -> None:
+    """The output and what is saved are those of the reference in float64."""
+    part = mechanism(mechanism(case.spec).spec.with_options(impl="reference"))
+    exact = [x.double() for x in given]
+    wanted = part(*exact, layout=case.layout)
+    unit = UNIT[case.dtype]
+    # one rounding each of weights, V~, what experts give, and the result
+    assert (out.double() - wanted).norm() <= 4 * unit * wanted.norm()
+    routing = part.route(*exact[:2], layout=case.layout, scale=64**-0.5)
+    assert routing is not None
+    members, choice = routing.members.flatten(0, 1), routing.choice.flatten(0, 1)
+    assert torch.equal(saved.members.long().sort(-1)[0], members.sort(-1)[0])
+    assert torch.equal(saved.route[:, 0].long(), choice[..., 0])
+    assert torch.equal(saved.order.long(), choice[..., 0].argsort(dim=1, stable=True))
+    ends = torch.nn.functional.one_hot(choice[..., 0], saved.starts.shape[1] - 1).sum(1).cumsum(1)
+    assert torch.equal(saved.starts.long(), torch.nn.functional.pad(ends, (1, 0)))
+    marks = saved.exact.double()
+    scores = marks @ exact[1].flatten(0, 1).transpose(-1, -2) / 8
+    assert torch.equal(saved.marks, saved.exact.to(case.dtype))
+    if sizes_of(case).shared:
+        torch.testing.assert_close(
+            saved.probe_lse.double(), scores.logsumexp(-1), atol=1e-4, rtol=0
+        )
+        read = scores.softmax(-1) @ exact[2].flatten(0, 1)
+        assert (saved.values.double() - read).norm() <= 2 * unit * read.norm()
+    lse = log_sum_exp(case, *exact[:2], marks)
+    torch.testing.assert_close(saved.lse.double(), lse, atol=8 * unit, rtol=0)
+
+
+def one_landmark(case: Case, scores: Tensor) -> tuple[Tensor, ...]:
+    """q, k, v with these scores [N] of the only landmark, to the bit."""
+    q, k, v = (x[:1].clone() for x in inputs_of(case))
+    q.zero_()
+    q[..., 0] = 1.0
+    k.zero_()
+    k[..., 0] = scores
+    return q, k, v
+
+
+#: scores that are hard to choose the largest of
+SCORES = {
+    "equal": torch.zeros(99),
+    "three values": torch.arange(99.0) // 40,
+    "outliers": torch.where(torch.arange(99) % 7 == 0, 50000.0, -1.0),
+    "octaves": torch.exp2(-(torch.arange(99.0) % 24)),
+    "heavy tails": torch.linspace(-1, 1, 99).sign() * torch.linspace(-1, 1, 99).abs() ** 9,
+    "falling": -torch.arange(99.0),
+}
 
 
 def emulate_backward(

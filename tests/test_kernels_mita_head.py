@@ -17,15 +17,16 @@ from emulation import (
     CASES,
     F16,
     KERNELS,
+    SCORES,
     UNIT,
     Case,
     Emulator,
+    assert_agrees,
     emulate_forward,
     inputs_of,
-    log_sum_exp,
     needs_compiler,
+    one_landmark,
     shared_folder,
-    sizes_of,
 )
 from torch import Tensor
 
@@ -43,34 +44,8 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
 @needs_compiler
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.spec} {c.layout} {c.dtype}")
 def test_agrees_with_the_reference(case: Case, emulator: Emulator) -> None:
-    q, k, v = inputs_of(case)
-    out, saved = emulate_forward(emulator, case, q, k, v)
-    part = mechanism(mechanism(case.spec).spec.with_options(impl="reference"))
-    exact = [x.double() for x in (q, k, v)]
-    wanted = part(*exact, layout=case.layout)
-    unit = UNIT[case.dtype]
-    # one rounding each of weights, V~, what experts give, and the result
-    assert (out.double() - wanted).norm() <= 4 * unit * wanted.norm()
-    routing = part.route(*exact[:2], layout=case.layout, scale=64**-0.5)
-    assert routing is not None
-    members, choice = routing.members.flatten(0, 1), routing.choice.flatten(0, 1)
-    assert torch.equal(saved.members.long().sort(-1)[0], members.sort(-1)[0])
-    assert torch.equal(saved.route[:, 0].long(), choice[..., 0])
-    assert torch.equal(saved.order.long(), choice[..., 0].argsort(dim=1, stable=True))
-    ends = torch.nn.functional.one_hot(choice[..., 0], saved.starts.shape[1] - 1).sum(1).cumsum(1)
-    assert torch.equal(saved.starts.long(), torch.nn.functional.pad(ends, (1, 0)))
-    sizes = sizes_of(case)
-    marks = saved.exact.double()
-    scores = marks @ exact[1].flatten(0, 1).transpose(-1, -2) / 8
-    assert torch.equal(saved.marks, saved.exact.to(case.dtype))
-    if sizes.shared:
-        torch.testing.assert_close(
-            saved.probe_lse.double(), scores.logsumexp(-1), atol=1e-4, rtol=0
-        )
-        read = scores.softmax(-1) @ exact[2].flatten(0, 1)
-        assert (saved.values.double() - read).norm() <= 2 * unit * read.norm()
-    lse = log_sum_exp(case, *exact[:2], marks)
-    torch.testing.assert_close(saved.lse.double(), lse, atol=8 * unit, rtol=0)
+    given = inputs_of(case)
+    assert_agrees(case, given, *emulate_forward(emulator, case, *given))
 
 
 @needs_compiler
@@ -81,30 +56,9 @@ def test_gives_the_same_where_nothing_is_saved(case: Case, emulator: Emulator) -
     assert torch.equal(emulate_forward(emulator, case, *given, save=False)[0], out)
 
 
-def one_landmark(case: Case, scores: Tensor) -> tuple[Tensor, ...]:
-    """q, k, v with these scores [N] of the only landmark, to the bit."""
-    q, k, v = (x[:1].clone() for x in inputs_of(case))
-    q.zero_()
-    q[..., 0] = 1.0
-    k.zero_()
-    k[..., 0] = scores
-    return q, k, v
-
-
 @needs_compiler
 @pytest.mark.parametrize("top", [5, 32])
-@pytest.mark.parametrize(
-    "scores",
-    [
-        torch.zeros(99),
-        torch.arange(99.0) // 40,
-        torch.where(torch.arange(99) % 7 == 0, 50000.0, -1.0),
-        torch.exp2(-(torch.arange(99.0) % 24)),
-        torch.linspace(-1, 1, 99).sign() * torch.linspace(-1, 1, 99).abs() ** 9,
-        -torch.arange(99.0),
-    ],
-    ids=["equal", "three values", "outliers", "octaves", "heavy tails", "falling"],
-)
+@pytest.mark.parametrize("scores", SCORES.values(), ids=SCORES)
 def test_the_largest_are_chosen_and_of_equals_the_first(
     scores: Tensor,
     top: int,

@@ -16,8 +16,8 @@ from mitaswap.kernels.mita_head import fixed as fixed_head
 from mitaswap.kernels.tiles import ceil
 
 THREADS = 256
-#: tokens from which this kernel is taken where that of `mita_head.cu` is not
-LEAST, MOST = 129, 2048
+#: tokens of a head at most
+MOST = 2048
 
 
 def _bytes(tokens: int, sizes: Sizes, dtype: torch.dtype, stages: int) -> int:
@@ -29,8 +29,8 @@ def _bytes(tokens: int, sizes: Sizes, dtype: torch.dtype, stages: int) -> int:
 
 
 def shape_of(tokens: int, sizes: Sizes, dtype: torch.dtype, room: int) -> tuple[int, int]:
-    """Shared memory of a block, BYTES of `mita_stream.cu`, and its STAGES, so that two blocks fit into
-    `room` bytes; 0 bytes where they do not.
+    """Shared memory of a block, BYTES of `mita_stream.cu`, and its STAGES, so that two blocks fit
+    into `room` bytes; 0 bytes where they do not.
     """
     for stages in (2, 1):
         bytes = _bytes(tokens, sizes, dtype, stages)
@@ -57,8 +57,7 @@ def fits(q: Tensor, k: Tensor, v: Tensor, sizes: Sizes, scale: float, again: flo
     """Whether this kernel takes such a call here; what it does not take is for the long way."""
     if not q.is_cuda or not suits(q, sizes, scale, again) or not plain(q, k, v):
         return False
-    least, there = q.shape[2] >= LEAST, both(q.device.index)
-    return least and shape_of(q.shape[2], sizes, q.dtype, there)[0] > 0
+    return shape_of(q.shape[2], sizes, q.dtype, both(q.device.index))[0] > 0
 
 
 def fixed(q: Tensor, sizes: Sizes, save: bool, stages: int) -> tuple[tuple[str, int], ...]:

@@ -6,7 +6,7 @@
 __device__ __forceinline__ void gather(
     const Thread& my, Place to, int e, const u16* k, int skn, const u16* v, int svn) {
     const u16* list = my.list(e);
-#pragma unroll
+#pragma unroll 2
     for (int i = 0; i < K; i += 4) {
         const int r = i + my.corner;
         if (i + 4 > K && r >= K) break;

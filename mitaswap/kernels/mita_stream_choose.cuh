@@ -24,8 +24,9 @@ __device__ __noinline__ void list_surely(const float* scores, u16* list, int lan
         if (total_of(sum) >= K) least = half;
         else most = max(least, half - 1);
     }
-    int room = K;  // for equals
-    for (int n = lane; n < NP; n += 32) room -= total_of(n < N && order_key(scores[n]) > least);
+    int more = 0;
+    for (int n = lane; n < N; n += 32) more += order_key(scores[n]) > least;
+    const int room = K - total_of(more);  // for equals
     int listed = 0, ties = 0;
     const u32 before = (1u << lane) - 1;
     for (int first = 0; first < N; first += 32) {
@@ -173,7 +174,6 @@ __device__ __forceinline__ void sort_queries(const Thread& my, int* starts, int*
     if (lane == 31) my.items()[MOST_ITEMS] = before + parts;
     if (SAVE && lane < M) starts[my.head * (M + 1) + lane] = begin;
     if (SAVE && lane == 0) starts[my.head * (M + 1) + M] = N;
-    __syncwarp();
     counts[lane] = begin;
     __syncwarp();
     for (int first = 0; first < N; first += 32) {
