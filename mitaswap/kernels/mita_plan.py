@@ -1,9 +1,10 @@
 """MiTA's plan of launches, forward and backward; none of them waits for the host.
 
-On short sequences of halves each is one launch (`mita_head.cu`, `mita_head_backward.cu`). Else
-large calls go in two halves, and the forward is mostly four: pool (landmarks), probe (landmark
-scores and V~ of all keys, or its parts, routes of all queries), settle (top-k, V~ from its parts,
-counting sort of the queries), attend.
+On short sequences of halves each is one launch (`mita_head.cu`, `mita_head_backward.cu`), and the
+forward of up to about a thousand tokens (`mita_stream.cu`). Else large calls go in two halves, and
+the forward is mostly four: pool (landmarks), probe (landmark scores and V~ of all keys, or its
+parts, routes of all queries), settle (top-k, V~ from its parts, counting sort of the queries),
+attend.
 """
 
 from __future__ import annotations
