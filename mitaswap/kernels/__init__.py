@@ -1,5 +1,5 @@
 """Triton kernels, one operation per file, imported when one is first called: they know tensors,
-never mechanisms or models. Two are in CUDA C++ (`nvrtc.py`), for what Triton cannot say.
+never mechanisms or models. Three are in CUDA C++ (`nvrtc.py`), for what Triton cannot say.
 """
 
 from __future__ import annotations

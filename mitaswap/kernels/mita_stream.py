@@ -1,5 +1,6 @@
 """MiTA's forward on sequences of some hundred tokens: a whole head in one block of threads, two of
-which fit on a multiprocessor (`mita_stream.cu`).
+which fit on a multiprocessor (`mita_stream.cu`). Each number of tokens is compiled for anew, which
+takes the host about a second.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def suits(q: Tensor, sizes: Sizes, scale: float, again: float) -> bool:
     """Whether this kernel computes such calls, wherever they lie."""
     half = q.dtype in (torch.float16, torch.bfloat16) and q.shape[3] == 64
     few = q.shape[2] <= MOST and sizes.m <= 32 and 0 < sizes.top <= 32
-    return half and few and sizes.s == 1 and min(scale, again) > 0
+    return half and few and sizes.s == 1 and scale > 0 and again > 0
 
 
 @functools.cache
