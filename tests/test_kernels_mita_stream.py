@@ -96,7 +96,8 @@ def test_all_accesses_to_shared_memory_are_in_order(case: Case, tmp_path: Path) 
 @needs_compiler
 @pytest.mark.parametrize(
     ("file", "which"),
-    [*(("choose", i) for i in range(5)), ("attend", 0), ("attend", 1)],
+    # without the others, places in memory are not what they should be
+    [("choose", 1), ("choose", 2), ("choose", 4), ("attend", 0), ("attend", 1)],
 )
 def test_a_missing_syncwarp_shows(file: str, which: int, tmp_path: Path) -> None:
     shutil.copytree(KERNELS, tmp_path / "kernels")
