@@ -183,6 +183,7 @@ USUAL = Sizes(1, 14, 14, 5, 5, 25, 1, 1)
         ({"sizes": USUAL._replace(a=3, b=11)}, False),
         ({"scale": -0.125}, False),
         ({"again": 0.0}, False),
+        ({"again": float("nan")}, False),
     ],
     ids=lambda x: "usual" if x == {} else ", ".join(x) if isinstance(x, dict) else str(x),
 )

@@ -173,6 +173,7 @@ def test_two_blocks_fit_on_a_multiprocessor(
         ({"sizes": USUAL._replace(a=3, b=11)}, False),
         ({"scale": -0.125}, False),
         ({"again": 0.0}, False),
+        ({"again": float("nan")}, False),
     ],
     ids=lambda x: "usual" if x == {} else ", ".join(x) if isinstance(x, dict) else str(x),
 )

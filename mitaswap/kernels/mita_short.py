@@ -39,7 +39,8 @@ def fits(q: Tensor, sizes: Sizes, scale: float, again: float) -> bool:
     """
     half = q.dtype in (torch.float16, torch.bfloat16)
     few = q.shape[2] <= 256 and sizes.m <= 32 and q.shape[3] == 64
-    return half and few and sizes.s == 1 and sizes.top > 0 and min(scale, again) >= LEAST_SCALE
+    clear = scale >= LEAST_SCALE and again >= LEAST_SCALE
+    return half and few and sizes.s == 1 and sizes.top > 0 and clear
 
 
 @triton.jit
