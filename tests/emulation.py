@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -234,6 +235,47 @@ def assert_agrees(case: Case, given: tuple[Tensor, ...], out: Tensor, saved: Sav
         assert (saved.values.double() - read).norm() <= 2 * unit * read.norm()
     lse = log_sum_exp(case, *exact[:2], marks)
     torch.testing.assert_close(saved.lse.double(), lse, atol=8 * unit, rtol=0)
+
+
+def assert_agrees_on_a_device(
+    case: Case, fits: Callable[..., bool], forward: Callable[..., None], patch: pytest.MonkeyPatch
+) -> None:
+    """A call by one of `mita_plan`'s forwards of whole heads, and its gradients, are those of the
+    reference in float64, the same in each call, also where nothing is saved.
+    """
+    from mitaswap.kernels import mita_plan
+
+    taken: list[int] = []
+    counted = lambda *a: taken.append(1) or forward(*a)  # noqa: E731
+    patch.setattr(mita_plan, "WHOLE_HEADS", ((fits, counted),))
+    q, k, v = (x.cuda().requires_grad_() for x in inputs_of(case, 3, 2))
+    part = mechanism(mechanism(case.spec).spec.with_options(impl="fused"))
+    exact = [x.double().detach().requires_grad_() for x in (q, k, v)]
+    wanted = mechanism(case.spec)(*exact, layout=case.layout)
+    grad = torch.randn_like(wanted)
+    found = [part(q, k, v, layout=case.layout) for _ in range(2)]
+    with torch.no_grad():
+        found.append(part(q, k, v, layout=case.layout))
+    assert len(taken) == 3
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    ours = [found[0], *torch.autograd.grad(found[0], (q, k, v), grad.to(case.dtype))]
+    theirs = [wanted, *torch.autograd.grad(wanted, exact, grad)]
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a.double() - b).norm() <= 4 * UNIT[case.dtype] * b.norm()
+
+
+def assert_is_captured(case: Case, batch: int, heads: int) -> None:
+    """A replayed graph gives what a call gives, of other inputs than it was captured with."""
+    part = mechanism(mechanism(case.spec).spec.with_options(impl="fused"))
+    q, k, v = (x.cuda() for x in inputs_of(case, batch, heads))
+    with torch.no_grad():
+        part(q, k, v, layout=case.layout)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = part(q, k, v, layout=case.layout)
+        q.copy_(q.flip(0))
+        graph.replay()
+        assert torch.equal(out, part(q, k, v, layout=case.layout))
 
 
 def one_landmark(case: Case, scores: Tensor) -> tuple[Tensor, ...]:

@@ -323,6 +323,14 @@ def test_without_a_device_the_kernels_are_refused() -> None:
     assert torch.equal(auto(q, q, q, layout=layout), reference(q, q, q, layout=layout))
 
 
+@pytest.fixture
+def without_kernels_in_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mitaswap.kernels import mita_plan
+
+    monkeypatch.setattr(mita_plan, "WHOLE_HEADS", ())
+    monkeypatch.setattr(mita_plan, "fits_head_backward", lambda *_: False)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", SMALL + LONG, ids=str)
 def test_on_the_device(case: Case, poisoned: None) -> None:
@@ -332,12 +340,8 @@ def test_on_the_device(case: Case, poisoned: None) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", [x for x in SMALL + LONG if x.dim == 64], ids=str)
 def test_on_the_device_without_kernels_in_cuda(
-    case: Case, poisoned: None, monkeypatch: pytest.MonkeyPatch
+    case: Case, poisoned: None, without_kernels_in_cuda: None
 ) -> None:
-    from mitaswap.kernels import mita_plan
-
-    monkeypatch.setattr(mita_plan, "fits_head", lambda *_: False)
-    monkeypatch.setattr(mita_plan, "fits_head_backward", lambda *_: False)
     agree(case)
 
 
@@ -365,7 +369,10 @@ def test_gradients_are_the_same_every_time(spec: str, side: int) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("captured", [False, True], ids=["plain", "captured"])
 def test_halves_on_two_streams_are_the_whole(
-    captured: bool, poisoned: None, monkeypatch: pytest.MonkeyPatch
+    captured: bool,
+    poisoned: None,
+    without_kernels_in_cuda: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from mitaswap.kernels import halves
 

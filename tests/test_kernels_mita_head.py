@@ -18,10 +18,11 @@ from emulation import (
     F16,
     KERNELS,
     SCORES,
-    UNIT,
     Case,
     Emulator,
     assert_agrees,
+    assert_agrees_on_a_device,
+    assert_is_captured,
     emulate_forward,
     inputs_of,
     needs_compiler,
@@ -204,40 +205,12 @@ def test_reads_rows_of_16_bytes() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.spec} {c.layout} {c.dtype}")
 def test_on_a_device(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mitaswap.kernels import mita_plan
-
-    taken = []
-    whole = mita_plan.head_forward
-    monkeypatch.setattr(mita_plan, "head_forward", lambda *a: taken.append(1) or whole(*a))
-    q, k, v = (x.cuda().requires_grad_() for x in inputs_of(case, 3, 2))
-    part = mechanism(mechanism(case.spec).spec.with_options(impl="fused"))
-    exact = [x.double().detach().requires_grad_() for x in (q, k, v)]
-    wanted = mechanism(case.spec)(*exact, layout=case.layout)
-    grad = torch.randn_like(wanted)
-    found = [part(q, k, v, layout=case.layout) for _ in range(2)]
-    with torch.no_grad():
-        found.append(part(q, k, v, layout=case.layout))
-    assert len(taken) == 3
-    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
-    ours = [found[0], *torch.autograd.grad(found[0], (q, k, v), grad.to(case.dtype))]
-    theirs = [wanted, *torch.autograd.grad(wanted, exact, grad)]
-    for a, b in zip(ours, theirs, strict=True):
-        assert (a.double() - b).norm() <= 4 * UNIT[case.dtype] * b.norm()
+    assert_agrees_on_a_device(case, mita_head.fits, mita_head.head_forward, monkeypatch)
 
 
 @pytest.mark.gpu
 def test_captured_on_a_device() -> None:
-    case = Case("mita(impl=fused)", TokenLayout(1, (14, 14)), BF16)
-    part = mechanism(case.spec)
-    q, k, v = (x.cuda() for x in inputs_of(case, 4, 3))
-    with torch.no_grad():
-        part(q, k, v, layout=case.layout)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = part(q, k, v, layout=case.layout)
-        q.copy_(q.flip(0))
-        graph.replay()
-        assert torch.equal(out, part(q, k, v, layout=case.layout))
+    assert_is_captured(Case("mita", TokenLayout(1, (14, 14)), BF16), 4, 3)
 
 
 @pytest.mark.gpu

@@ -38,6 +38,8 @@ from mitaswap.kernels.mita_stream import stream_forward
 from mitaswap.kernels.mita_walk import walk_kernel
 from mitaswap.kernels.tiles import ceil, like, power
 
+#: forwards of whole heads in one launch, with what they take, in the order in which they are tried
+WHOLE_HEADS = ((fits_head, head_forward), (fits_stream, stream_forward))
 #: most bytes of landmark scores held at once, as a share of the bytes of q
 SCORES_SHARE = 2.0
 #: and the least that is worth another round of launches
@@ -205,8 +207,8 @@ def attend_forward(
     """The output [B, H, N, D] and, if asked to `save` it, what the backward needs."""
     q, k, v = readable(q), readable(k), readable(v)
     out, some = like(q), q.shape[0] * q.shape[1] > 0
-    for fits_it, forward in ((fits_head, head_forward), (fits_stream, stream_forward)):
-        if fits_it(q, k, v, sizes, scale, again):
+    for suitable, forward in WHOLE_HEADS:
+        if suitable(q, k, v, sizes, scale, again):
             wanted = empty_saved(q, sizes) if save else None
             if some:
                 forward(q, k, v, out, wanted, sizes, scale, again)
