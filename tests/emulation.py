@@ -20,6 +20,7 @@ from torch import Tensor
 from mitaswap.kernels import mita_head, mita_head_backward, mita_stream
 from mitaswap.kernels.mita_call import Saved, Sizes
 from mitaswap.kernels.mita_head_backward import Shape
+from mitaswap.kernels.mita_plan import empty_saved
 from mitaswap.kernels.nvrtc import Argument
 from mitaswap.mechanisms import mechanism
 from mitaswap.operators.pool import pool_shape
@@ -171,18 +172,6 @@ def unwritten(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.full(shape, float("nan") if dtype.is_floating_point else 1234, dtype=dtype)
 
 
-def unwritten_saved(q: Tensor, sizes: Sizes) -> Saved:
-    """What a forward is to save."""
-    bh, tokens, dim = q.shape[0] * q.shape[1], q.shape[2], q.shape[3]
-    m, half, whole = sizes.m, q.dtype, torch.int32
-    return Saved(
-        unwritten(bh, tokens), unwritten(bh, m, dim, dtype=half), unwritten(bh, m, dim, dtype=half),
-        unwritten(bh, m, dim), unwritten(bh, m), unwritten(bh, m, sizes.top, dtype=whole),
-        unwritten(bh, m + 1, dtype=whole), unwritten(bh, tokens, dtype=whole),
-        unwritten(bh, 1, tokens, dtype=whole),
-    )  # fmt: skip
-
-
 def emulate_forward(
     emulator: Emulator, case: Case, q: Tensor, k: Tensor, v: Tensor, save: bool = True,
     stream: int = 0,
@@ -193,7 +182,7 @@ def emulate_forward(
         stream: bytes of a multiprocessor's shared memory for `mita_stream`; 0: by `mita_head`.
     """
     sizes, (batch, heads, tokens, dim) = sizes_of(case), q.shape
-    saved = unwritten_saved(q, sizes)
+    saved = Saved(*(unwritten(*x.shape, dtype=x.dtype) for x in empty_saved(q, sizes)))
     out = unwritten(batch, tokens, heads, dim, dtype=q.dtype).transpose(1, 2)
     name, fixed, threads = "mita_head", mita_head.fixed(q, sizes, save), mita_head.THREADS
     bytes = mita_head.shared_bytes(tokens, sizes.m, q.dtype)
