@@ -79,7 +79,7 @@ __device__ __forceinline__ void set_bits(u32* word, u32 bits) { atomicOr(word, b
 __device__ __forceinline__ int one_more(int* word) { return atomicAdd(word, 1); }
 
 // `flip`, here and below: of the place, so that no register holds each place that a loop needs
-template <u32 flip>
+template <u32 flip = 0>
 __device__ __forceinline__ uint4 get16(Place from) {
     uint4 x;
     asm volatile("{.reg .u32 at; xor.b32 at, %4, %5; ld.shared.v4.u32 {%0, %1, %2, %3}, [at];}"
@@ -87,33 +87,16 @@ __device__ __forceinline__ uint4 get16(Place from) {
     return x;
 }
 
-__device__ __forceinline__ uint4 get16(Place from) {
-    uint4 x;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(from) : "memory");
-    return x;
-}
-
 // four tiles of 8 x 8 halves; lanes 8 i ... 8 i + 7 give the rows of tile i
-__device__ __forceinline__ void load4(u32 (&r)[4], Place row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(row) : "memory");
-}
-
-// the same, each tile transposed
-__device__ __forceinline__ void load4t(u32 (&r)[4], Place row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(row) : "memory");
-}
-
-template <u32 flip>
+template <u32 flip = 0>
 __device__ __forceinline__ void load4(u32 (&r)[4], Place row) {
     asm volatile("{.reg .u32 at; xor.b32 at, %4, %5; "
                  "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [at];}"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(row), "n"(flip) : "memory");
 }
 
-template <u32 flip>
+// the same, each tile transposed
+template <u32 flip = 0>
 __device__ __forceinline__ void load4t(u32 (&r)[4], Place row) {
     asm volatile("{.reg .u32 at; xor.b32 at, %4, %5; "
                  "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [at];}"

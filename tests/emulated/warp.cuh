@@ -194,9 +194,8 @@ inline void put(Place to, u32 x) { *(u32*)to = x; }
 inline void expect(const void* from) { (void)*(volatile const char*)from; }  // must be there
 UNSEEN inline void set_bits(u32* word, u32 bits) { *word |= bits; }
 UNSEEN inline int one_more(int* word) { return (*word)++; }
-inline uint4 get16(Place from) { return *(uint4*)from; }
-template <u32 flip>
-uint4 get16(Place from) { return get16(from ^ flip); }
+template <u32 flip = 0>
+uint4 get16(Place from) { return *(uint4*)(from ^ flip); }
 inline void commit() { block.copies[block.current].emplace_back(); }
 template <int left>
 void wait() {
@@ -261,11 +260,9 @@ inline void load(u32 (&r)[4], Place row, bool transposed) {
     });
 }
 inline float at_least(float x, float least) { return x >= least; }
-inline void load4(u32 (&r)[4], Place row) { load(r, row, false); }
-inline void load4t(u32 (&r)[4], Place row) { load(r, row, true); }
-template <u32 flip>
+template <u32 flip = 0>
 void load4(u32 (&r)[4], Place row) { load(r, row ^ flip, false); }
-template <u32 flip>
+template <u32 flip = 0>
 void load4t(u32 (&r)[4], Place row) { load(r, row ^ flip, true); }
 
 inline void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
